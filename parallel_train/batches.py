@@ -1,0 +1,172 @@
+"""How do the examples of a step reach the devices?
+
+A dataset that fits lies whole on every device, as uint8, and the step gathers its batch by index:
+the host sends an epoch's order once an epoch and nothing in between. A larger one is gathered by
+threads on the host, some steps ahead, and each device gets its slice.
+
+Either way a step is given a dict of arrays ("data"), from which `local_batch` makes a device's batch
+inside the step: 'image', 'label', 'index' (which example of the split), for evaluation 'weight'.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from parallel_train import order
+from parallel_train.dataset import Split
+from parallel_train.mesh import is_cpu, put, put_whole
+from parallel_train.plan import Plan
+from parallel_train.reduce import DATA_AXIS
+
+Data = dict[str, jax.Array]
+
+_THREADS = 4
+_STEPS_AHEAD = 4
+
+# How each array is cut over the devices: on the devices, the dataset is whole and the order is cut
+# along the batch; from the host, everything is.
+_SPECS = {
+    'images': P(),
+    'labels': P(),
+    'order': P(None, DATA_AXIS),
+    'weights': P(None, DATA_AXIS),
+    'image': P(DATA_AXIS),
+    'label': P(DATA_AXIS),
+    'index': P(DATA_AXIS),
+    'weight': P(DATA_AXIS),
+}
+
+
+def specs(data: Data) -> dict[str, P]:
+    """Returns how each array of `data` is cut over the mesh."""
+    return {name: _SPECS[name] for name in data}
+
+
+def local_batch(data: Data, row: jax.Array) -> Data:
+    """Returns a device's examples of one step, inside the step.
+
+    Args:
+      data: this device's part of what a feed gave.
+      row: which step of the epoch (or of the evaluation), int32 scalar.
+    """
+    if 'order' not in data:
+        return data
+    index = data['order'][row]
+    batch = {'image': data['images'][index], 'label': data['labels'][index], 'index': index}
+    if 'weights' in data:
+        batch['weight'] = data['weights'][row]
+    return batch
+
+
+def fits_on_device(split: Split, mesh: Mesh) -> bool:
+    """Whether a quarter of a device's memory holds the split (on CPU: of this machine's, for all)."""
+    device = mesh.devices.flat[0]
+    if is_cpu(mesh):
+        import psutil
+
+        return split.images.nbytes * mesh.local_mesh.size <= psutil.virtual_memory().total / 4
+    stats = device.memory_stats() or {}
+    return split.images.nbytes <= stats.get('bytes_limit', 0) / 4
+
+
+def resident(split: Split, placement: str, mesh: Mesh) -> bool:
+    """Whether the split lives on the devices, as `config.data_placement` says."""
+    return placement == 'device' or (placement == 'auto' and fits_on_device(split, mesh))
+
+
+class ResidentFeed:
+    """The dataset on the devices; `at(step)` costs nothing but once an epoch."""
+
+    def __init__(self, split: Split, config: Any, plan: Plan, mesh: Mesh):
+        self._config, self._plan, self._mesh = config, plan, mesh
+        self._epoch = -1
+        self._data = {
+            'images': put_whole(mesh, split.images),
+            'labels': put_whole(mesh, split.labels),
+        }
+        self.wait_seconds = 0.0
+
+    def at(self, step: int) -> Data:
+        """Returns the data of the update that completes step `step + 1`."""
+        epoch = step // self._plan.steps_per_epoch
+        if epoch != self._epoch:
+            plan = self._plan
+            rows = order.epoch_batches(
+                self._config.seed, epoch, plan.num_train_examples, plan.batch_size
+            )
+            self._data = {**self._data, 'order': put_whole(self._mesh, rows, _SPECS['order'])}
+            self._epoch = epoch
+        return self._data
+
+    def close(self) -> None:
+        pass
+
+
+class HostFeed:
+    """The dataset on the host; `at(step)` waits for a batch that threads gathered ahead of time."""
+
+    def __init__(self, split: Split, config: Any, plan: Plan, mesh: Mesh):
+        self._split, self._config, self._plan, self._mesh = split, config, plan, mesh
+        self._epoch = -1
+        self._rows = np.zeros((0, 0), np.int32)
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix='feed')
+        self._ahead: collections.deque[tuple[int, Future[Data]]] = collections.deque()
+        self.wait_seconds = 0.0
+
+    def _row(self, step: int) -> np.ndarray:
+        plan = self._plan
+        epoch, row = divmod(step, plan.steps_per_epoch)
+        if epoch != self._epoch:
+            self._rows = order.epoch_batches(
+                self._config.seed, epoch, plan.num_train_examples, plan.batch_size
+            )
+            self._epoch = epoch
+        return self._rows[row]
+
+    def at(self, step: int) -> Data:
+        """Returns the data of the update that completes step `step + 1`; steps come in order."""
+        if not self._ahead:
+            self._first = step
+        while len(self._ahead) < _STEPS_AHEAD:
+            later = self._ahead[-1][0] + 1 if self._ahead else step
+            if later >= self._plan.num_steps:
+                break
+            job = self._pool.submit(gather, self._split, self._row(later), self._mesh)
+            self._ahead.append((later, job))
+        at, job = self._ahead.popleft()
+        assert at == step, (at, step)
+        start = time.perf_counter()
+        data = job.result()
+        self.wait_seconds += time.perf_counter() - start
+        return data
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def make_feed(split: Split, config: Any, plan: Plan, mesh: Mesh) -> ResidentFeed | HostFeed:
+    """Returns where the train step takes its data from."""
+    kind = ResidentFeed if resident(split, config.data_placement, mesh) else HostFeed
+    return kind(split, config, plan, mesh)
+
+
+def gather(split: Split, examples: np.ndarray, mesh: Mesh, weights: Any = None) -> Data:
+    """Puts the given examples on the mesh, each device its slice; only this process's are read."""
+    cut = P(DATA_AXIS)
+    image_shape = (len(examples), *split.images.shape[1:])
+    data = {
+        'image': put(mesh, image_shape, cut, lambda i: split.images[examples[i[0]]]),
+        'label': put(mesh, examples.shape, cut, lambda i: split.labels[examples[i[0]]]),
+        'index': put(mesh, examples.shape, cut, lambda i: examples[i[0]]),
+    }
+    if weights is not None:
+        data['weight'] = put_whole(mesh, weights, cut)
+    return data

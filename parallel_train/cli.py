@@ -1,0 +1,140 @@
+"""What does the command line accept, and with which code does it exit?"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from parallel_train import commands
+from parallel_train import config as config_lib
+from parallel_train.errors import Diverged, UserError
+
+OK, FAULT, USER_ERROR, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
+
+_USAGE = """usage: python -m parallel_train COMMAND --config=FILE [--config.KEY=VALUE ...] [flags]
+
+commands:
+{commands}
+
+flags:
+{flags}
+
+Every config field stands, with a comment, in configs/default.py.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line `argv` (program name first) and returns the exit code."""
+    try:
+        return _run(list(argv))
+    except UserError as error:
+        if '--debug' in argv:
+            traceback.print_exc()
+        print(f'error: {error}', file=sys.stderr)
+        return USER_ERROR
+    except Diverged as error:
+        print(f'error: {error}', file=sys.stderr)
+        return DIVERGED
+    except KeyboardInterrupt:
+        print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output went away, as `| head` does
+        sys.stderr.close()
+        return FAULT
+    except Exception:
+        traceback.print_exc()
+        return FAULT
+
+
+def _run(argv: list[str]) -> int:
+    words = [arg for arg in argv[1:] if not arg.startswith('-')]
+    wants_help = any(arg in ('--help', '-h', '--helpfull', 'help') for arg in argv[1:])
+    if wants_help or not argv[1:]:
+        print(_usage(), end='')
+        return OK if wants_help else USER_ERROR
+    name = argv[1]
+    if name not in commands.COMMANDS:
+        near = config_lib.nearest(name, list(commands.COMMANDS))
+        raise UserError(
+            f'command {name!r}: must be one of {", ".join(commands.COMMANDS)}, and come first{near}'
+        )
+    if len(words) > 1:
+        raise UserError(f'argument {words[1]!r}: flags are written --flag=value')
+    command = commands.COMMANDS[name]
+    values, config = _parse(argv, command.flags)
+    if config is None and command.needs_config:
+        raise UserError('config: is missing; name a recipe, such as --config=configs/fashion_mnist.py')
+    if values.devices is not None and values.devices < 1:
+        raise UserError(f'devices={values.devices}: must be at least 1')
+    _quiet_libraries()
+    command.run(config, values)
+    return OK
+
+
+def _parse(argv: list[str], known: Sequence[str]) -> tuple[Any, Any]:
+    """Returns the flags' values (as attributes) and the config with its overrides, or None.
+
+    `--config=FILE` is loaded first, so that ml_collections parses `--config.KEY=VALUE` by the types of
+    its fields; fields that the file leaves out can be overridden too.
+    """
+    values = flags.FlagValues()
+    commands.define_flags(values, known)
+    paths = [a.partition('=')[2] for a in argv if a.lstrip('-').startswith('config=')]
+    rest = [a for a in argv if not a.lstrip('-').startswith('config=')]
+    config = None
+    if len(paths) > 1:
+        raise UserError(f'config={paths[-1]!r}: is given {len(paths)} times; give one file')
+    overridden = [a for a in rest if a.lstrip('-').startswith('config.')]
+    if paths:
+        config = config_lib.complete(config_lib.load(paths[0]))
+        _check_overrides(overridden, config)
+        from ml_collections import config_flags
+
+        config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=rest)
+    elif overridden:
+        raise UserError(f'{overridden[0]}: needs --config=FILE')
+    try:
+        values(rest)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(_flag_message(str(error), known)) from error
+    return values, None if config is None else config_lib.complete(config)
+
+
+def _check_overrides(overridden: list[str], config: Any) -> None:
+    for argument in overridden:
+        key, equals, _ = argument.lstrip('-').removeprefix('config.').partition('=')
+        if key not in config:
+            raise UserError(f'config.{key}: there is no such field{config_lib.nearest(key, list(config))}')
+        if not equals:
+            raise UserError(f'config.{key}: needs a value, --config.{key}=VALUE')
+
+
+def _flag_message(message: str, known: Sequence[str]) -> str:
+    """Says an absl flag error in our form: what, then the remedy."""
+    first = message.strip().splitlines()[0]
+    if 'Unknown command line flag' in first:
+        name = first.split("'")[1]
+        near = config_lib.nearest(name, list(known))
+        return f'--{name}: there is no such flag here{near}; flags: {", ".join(known)}'
+    return f'{first.removeprefix("flag ")}'
+
+
+def _usage() -> str:
+    texts = commands.FLAGS
+    width = max(map(len, texts)) + 4
+    return _USAGE.format(
+        commands='\n'.join(f'  {n:<10}{c.summary}' for n, c in commands.COMMANDS.items()),
+        flags='\n'.join(f'  --{n:<{width}}{flag.text}' for n, flag in texts.items()),
+    )
+
+
+def _quiet_libraries() -> None:
+    """Keeps libraries' informational lines out of what the user reads."""
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
+    logging.set_stderrthreshold(logging.ERROR)

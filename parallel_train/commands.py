@@ -1,0 +1,154 @@
+"""What does each command do?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from parallel_train.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    kind: str  # 'string' | 'integer' | 'boolean'
+    text: str
+
+
+FLAGS = {
+    'workdir': Flag('string', 'folder of the run: checkpoints, metrics, report'),
+    'data_dir': Flag('string', 'folder of TFDS datasets (default: TFDS_DATA_DIR, ~/tensorflow_datasets)'),
+    'devices': Flag('integer', 'devices to use; on CPU, XLA devices to make'),
+    'debug': Flag('boolean', 'show tracebacks of user errors'),
+    'from': Flag('string', 'prepare: folder with the four IDX files'),
+    'json': Flag('boolean', 'plan, evaluate: JSON alone on stdout'),
+    'step': Flag('integer', 'evaluate: which checkpoint (default: the latest)'),
+    'allow_plan_change': Flag('boolean', 'train: continue a job although its config or plan changed'),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    summary: str
+    run: Callable[[Any, Any], None]  # config (None if not given), flag values
+    flags: Sequence[str]
+    needs_config: bool = True
+
+
+def define_flags(values: flags.FlagValues, names: Sequence[str]) -> None:
+    define = {
+        'string': flags.DEFINE_string,
+        'integer': flags.DEFINE_integer,
+        'boolean': flags.DEFINE_boolean,
+    }
+    for name in names:
+        flag = FLAGS[name]
+        default = False if flag.kind == 'boolean' else None
+        define[flag.kind](name, default, flag.text, flag_values=values)  # type: ignore[operator]
+
+
+def _workdir(values: Any) -> Path:
+    if not values.workdir:
+        raise UserError('workdir: is missing; name a folder for the run, --workdir=DIR')
+    return Path(values.workdir)
+
+
+def prepare(config: Any, values: Any) -> None:
+    from parallel_train import dataset
+    from parallel_train import prepare as prepare_lib
+
+    data_dir = dataset.default_data_dir(values.data_dir)
+    source = Path(values['from'].value) if values['from'].value else None
+    prepare_lib.prepare(config.dataset, data_dir, source)
+    for split in dict.fromkeys((config.train_split, config.eval_split)):
+        examples = dataset.load_split(config.dataset, split, data_dir)
+        print(f'{split}: {len(examples.images):,} images of {examples.images.shape[1:]}')
+
+
+def plan(config: Any, values: Any) -> None:
+    from parallel_train import config as config_lib
+    from parallel_train import dataset
+    from parallel_train.plan import make_plan
+    from parallel_train.show_plan import plan_table
+
+    sizes = dataset.find_sizes(config, dataset.default_data_dir(values.data_dir))
+    config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
+    count = values.devices
+    if count is None:
+        from parallel_train.devices import choose_devices
+
+        workdir = Path(values.workdir) if values.workdir else None
+        count = choose_devices(config, sizes, None, workdir, say=lambda _: None, measure=False)
+    planned = make_plan(config, sizes.num_train_examples, sizes.num_eval_examples, count)
+    if values.json:
+        print(planned.to_json(), end='')
+    else:
+        print(plan_table(planned, config, sizes.source))
+
+
+def train(config: Any, values: Any) -> None:
+    workdir = _workdir(values)
+    from parallel_train.train import train_and_evaluate
+
+    train_and_evaluate(
+        config, workdir, values.data_dir, values.devices, values.allow_plan_change
+    )
+
+
+def evaluate(config: Any, values: Any) -> None:
+    workdir = _workdir(values)
+    from parallel_train import dataset
+    from parallel_train import workdir as workdir_lib
+    from parallel_train.devices import choose_devices
+    from parallel_train.evaluate import Evaluator
+    from parallel_train.load import load_state
+    from parallel_train.mesh import make_mesh, replicated
+
+    trained = workdir_lib.read_config(workdir)
+    if config is not None:  # may change where and how it is evaluated, not what was trained
+        with trained.unlocked():
+            for field in ('dataset', 'eval_split', 'eval_batch_size', 'data_placement'):
+                trained[field] = config[field]
+        if config.model != trained.model:
+            raise UserError(
+                f'config.model={config.model!r}: {workdir} holds a {trained.model!r}; give the config '
+                'that it was trained with, or none'
+            )
+    data_dir = dataset.default_data_dir(values.data_dir)
+    split = dataset.load_split(trained.dataset, trained.eval_split, data_dir)
+    sizes = dataset.Sizes(0, len(split.images), split.images.shape[1:], split.num_classes, '')
+    count = choose_devices(trained, sizes, values.devices, workdir, lambda _: None, measure=False)
+    mesh = make_mesh(count)
+    state = load_state(trained, workdir, replicated(mesh), values.step)
+    result = {'split': 'eval', 'step': int(state.step), **Evaluator(split, trained, mesh, state)(state)}
+    if values.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f'{trained.eval_split} at step {result["step"]:,}: accuracy {result["accuracy"]:.4f}, '
+            f'loss {result["loss"]:.4f}, on all {result["num_examples"]:,} examples'
+        )
+
+
+COMMANDS = {
+    'prepare': Command(
+        'get the dataset into --data_dir, from local files or by download',
+        prepare, ('data_dir', 'from', 'debug', 'workdir', 'devices'),
+    ),
+    'plan': Command(
+        'print the plan; writes nothing',
+        plan, ('devices', 'json', 'data_dir', 'workdir', 'debug'),
+    ),
+    'train': Command(
+        'train, evaluate and checkpoint into --workdir; resumes by itself',
+        train, ('workdir', 'data_dir', 'devices', 'allow_plan_change', 'debug'),
+    ),
+    'evaluate': Command(
+        'exact metrics of a checkpoint on the eval split',
+        evaluate, ('workdir', 'data_dir', 'devices', 'step', 'json', 'debug'), needs_config=False,
+    ),
+}  # fmt: skip

@@ -1,0 +1,255 @@
+"""Which fields does a config have, and is it valid?
+
+The fields, their defaults and what they mean stand in `configs/default.py` and nowhere else. Here is
+what each may hold. What fields mean together (does the batch divide?) is the plan's business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import importlib.util
+import json
+import math
+import numbers
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import config_dict
+
+from parallel_train.errors import UserError
+
+Config = config_dict.ConfigDict
+
+BUILT_IN_MODELS = {
+    'cnn': 'parallel_train.models.cnn:CNN',
+    'resnet_small': 'parallel_train.models.resnet_small:ResNetSmall',
+}
+BUILT_IN_LOSSES = {'softmax_cross_entropy': 'parallel_train.losses:softmax_cross_entropy'}
+SCHEDULES = ('cosine', 'constant')
+OPTIMIZERS = ('sgd', 'adamw')
+
+# Fields that change how a run uses the hardware or reports, but not what it computes: a resume may
+# change them freely. `data_placement` and `steps_per_dispatch` give the same examples in the same steps.
+RUN_FIELDS = ('data_placement', 'steps_per_dispatch', 'keep_checkpoints')
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Returns ' (did you mean X?)' for the known name closest to `name`, or '' if none is close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f' (did you mean {close[0]}?)' if close else ''
+
+
+# ---------------------------------------------------------------- what a field may hold
+
+
+def _one_of(*choices: str) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if value in choices:
+            return None
+        return f'must be one of: {", ".join(choices)}{nearest(str(value), choices)}'
+
+    return check
+
+
+def _name_or_import_path(built_in: Sequence[str]) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if value in built_in:
+            return None
+        if isinstance(value, str) and ':' in value:
+            return None
+        return (
+            f'must be one of: {", ".join(built_in)}, or an import path '
+            f'like my_package.my_module:MyName{nearest(str(value), built_in)}'
+        )
+
+    return check
+
+
+def _integer(minimum: int, maximum: float = math.inf) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if is_integer and minimum <= value <= maximum:
+            return None
+        upper = '' if maximum == math.inf else f' and at most {maximum}'
+        return f'must be a whole number of at least {minimum}{upper}'
+
+    return check
+
+
+def _number(minimum: float, exclusive: bool = False, below: float = math.inf) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+            if (value > minimum or (value == minimum and not exclusive)) and value < below:
+                return None
+        upper = '' if below == math.inf else f' and less than {below:g}'
+        return f'must be a finite number {"greater than" if exclusive else "of at least"} {minimum:g}{upper}'
+
+    return check
+
+
+def _boolean(value: Any) -> str | None:
+    return None if isinstance(value, bool) else 'must be True or False'
+
+
+def _text(value: Any) -> str | None:
+    return None if isinstance(value, str) and value.strip() else 'must be a name'
+
+
+def _shape(value: Any) -> str | None:
+    if isinstance(value, (tuple, list)) and len(value) in (0, 3):
+        if all(isinstance(side, int) and side > 0 for side in value):
+            return None
+    return 'must be (height, width, channels) in positive whole numbers, or () for not given'
+
+
+_CHECKS: dict[str, Callable[[Any], str | None]] = {
+    'seed': _integer(0, 2**32 - 1),
+    'model': _name_or_import_path(tuple(BUILT_IN_MODELS)),
+    'loss': _name_or_import_path(tuple(BUILT_IN_LOSSES)),
+    'dataset': _text,
+    'train_split': _text,
+    'eval_split': _text,
+    'num_train_examples': _integer(0),
+    'num_eval_examples': _integer(0),
+    'input_shape': _shape,
+    'num_classes': _integer(0),
+    'batch_size': _integer(1),
+    'eval_batch_size': _integer(1),
+    'num_epochs': _number(0, exclusive=True),
+    'accumulation_steps': _integer(1),
+    'shards': _integer(0),
+    'reduction': _one_of('pmean'),
+    'schedule': _one_of(*SCHEDULES),
+    'learning_rate': _number(0),
+    'learning_rate_scaling': _one_of('none', 'linear', 'sqrt'),
+    'reference_batch_size': _integer(1),
+    'warmup_epochs': _number(0),
+    'optimizer': _one_of(*OPTIMIZERS),
+    'momentum': _number(0, below=1),
+    'nesterov': _boolean,
+    'weight_decay': _number(0),
+    'random_crop_padding': _integer(0),
+    'random_flip': _boolean,
+    'log_every_steps': _integer(1),
+    'eval_every_epochs': _number(0),
+    'checkpoint_every_epochs': _number(0),
+    'keep_checkpoints': _integer(1),
+    'data_placement': _one_of('auto', 'device', 'host'),
+    'steps_per_dispatch': _integer(1),
+}
+
+
+# ---------------------------------------------------------------- reading configs
+
+
+@functools.cache
+def _defaults_json() -> str:
+    here = Path(__file__).resolve().parent
+    # Beside the package in a checkout, inside it in an installed wheel (see setup.cfg).
+    for folder in (here.parent / 'configs', here / 'configs'):
+        if (folder / 'default.py').is_file():
+            return load(folder / 'default.py').to_json()
+    raise FileNotFoundError(f'configs/default.py is neither beside nor in {here}')
+
+
+def default_config() -> Config:
+    """Returns a new config with every field at its default: where a recipe starts."""
+    values = json.loads(_defaults_json())
+    return Config({k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def load(path: str | Path) -> Config:
+    """Runs the config file at `path` and returns what its `get_config()` returns, as it stands.
+
+    A config file is Python code: load only files that you trust.
+
+    Raises:
+      UserError: the file is missing, does not run, or gives no ConfigDict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path('configs')
+        there = sorted(p.name for p in folder.glob('*.py')) if folder.is_dir() else []
+        known = f'; {folder} holds {", ".join(there)}' if there else ''
+        raise UserError(f'config={str(path)!r}: there is no such file{known}')
+    spec = importlib.util.spec_from_file_location('parallel_train_config_file', path)
+    if spec is None or spec.loader is None:
+        raise UserError(f'config={str(path)!r}: must be a Python file whose name ends in .py')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        get_config = getattr(module, 'get_config', None)
+        config = get_config() if callable(get_config) else None
+    except Exception as error:
+        where = ''
+        if not isinstance(error, SyntaxError):  # whose own message gives the line
+            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+            where = f' (line {lines[-1]})' if lines else ''
+        raise UserError(
+            f'config={str(path)!r}: the file does not run{where}: {type(error).__name__}: {error}'
+        ) from error
+    if not callable(get_config):
+        raise UserError(f'config={str(path)!r}: the file must define a function get_config()')
+    if not isinstance(config, config_dict.ConfigDict):
+        raise UserError(
+            f'config={str(path)!r}: get_config() must return an ml_collections ConfigDict, '
+            f'not {type(config).__name__}'
+        )
+    return config
+
+
+def complete(config: Config) -> Config:
+    """Returns a copy of `config` with the fields that it leaves out at their defaults, all checked.
+
+    Raises:
+      UserError: names the first field that is unknown or holds what it may not hold.
+    """
+    full = default_config()
+    for key in config:
+        if key not in full:
+            raise UserError(f'config.{key}: there is no such field{nearest(key, list(full))}')
+        value = config[key]
+        problem = _CHECKS[key](value)
+        if problem:
+            raise UserError(f'config.{key}={value!r}: {problem}')
+        with full.ignore_type():
+            full[key] = type(full[key])(value)
+    return full.lock()
+
+
+def with_dataset(config: Config, input_shape: Sequence[int], num_classes: int) -> Config:
+    """Returns a copy of a complete config with what the dataset says of the model's input and output."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.input_shape = tuple(input_shape)
+        config.num_classes = num_classes
+    return config
+
+
+def import_object(field: str, path: str) -> Any:
+    """Returns the object that the import path `package.module:name` of config field `field` names.
+
+    Raises:
+      UserError: the module cannot be imported, or has no such name.
+    """
+    module_name, _, name = path.partition(':')
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(
+            f'config.{field}={path!r}: cannot import {module_name} ({type(error).__name__}: {error}); '
+            'it must be importable from here: install it or put its folder on PYTHONPATH'
+        ) from error
+    if not hasattr(module, name):
+        public = [n for n in vars(module) if not n.startswith('_')]
+        raise UserError(f'config.{field}={path!r}: {module_name} has no {name!r}{nearest(name, public)}')
+    return getattr(module, name)
+
+
+def to_json(config: Config) -> str:
+    """Returns the config as it is kept in `workdir/config.json`: a flat JSON object, keys in order."""
+    return json.dumps(config.to_dict(), indent=2) + '\n'

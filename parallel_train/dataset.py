@@ -1,0 +1,298 @@
+"""What is in the dataset, as arrays?
+
+`find_sizes` tells how much, with or without the data; `load_split` gives the examples. The images
+of a prepared set are decoded once, into memory-mapped files in its folder `decoded/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel_train.decode import image_shape, load_decoded
+from parallel_train.errors import UserError
+from parallel_train.prepared import Features, Prepared, find_prepared, parse_features, parse_name
+
+_IMPORT_PATH = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*$')
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The examples of a split.
+
+    Attributes:
+      images: uint8 [n, h, w, c], memory-mapped where they come from a prepared set; read-only.
+      labels: int32 [n], each in 0..num_classes - 1.
+      class_names: one a class; the numbers themselves where the set has no names.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How many examples there are and what they look like; `source` says in words who says so."""
+
+    num_train_examples: int
+    num_eval_examples: int
+    input_shape: tuple[int, ...]
+    num_classes: int
+    source: str
+
+
+# The fields of Sizes that a config may give as well.
+_SIZE_FIELDS = ('num_train_examples', 'num_eval_examples', 'input_shape', 'num_classes')
+
+
+def load_split(name: str, split: str, data_dir: Path) -> Split:
+    """Loads a TFDS split, slices too, of a TFDS set or of a function.
+
+    Args:
+      name: `name[/config][:version]` of a set prepared in `data_dir`, or an import path
+        `package.module:function`. The function is called as `function(split, data_dir)` and returns
+        {'image': uint8 [n, h, w(, c)], 'label': int [n]}, optionally with 'class_names' (a list),
+        or the pair (images, labels).
+      split: such as 'train', 'train[:55000]', 'train[10%:]'; to a function it goes as it stands.
+      data_dir: where `prepare` put the set.
+
+    Raises:
+      UserError: not prepared, unknown split, no examples, examples that are not uint8 images of one
+        shape with an integer label, or no room for the decoded images.
+    """
+    if is_import_path(name):
+        return _call(name, split, data_dir)
+    prepared = find_prepared(name, data_dir)
+    if prepared is None:
+        raise not_prepared(name, data_dir)
+    ranges = prepared.ranges(split)
+    whole = {named: load_decoded(prepared, named) for named, _, _ in ranges}
+    images = [whole[named][0][start:stop] for named, start, stop in ranges]
+    labels = [whole[named][1][start:stop] for named, start, stop in ranges]
+    # Joining copies; a single range stays a view of the file.
+    joined = (images[0], labels[0]) if len(ranges) == 1 else map(np.concatenate, (images, labels))
+    all_images, all_labels = joined
+    num_classes = prepared.features.num_classes or 1 + max(
+        int(whole[named][1].max()) for named in whole
+    )
+    _check_labels(name, split, all_labels, num_classes)
+    names = prepared.class_names or tuple(map(str, range(num_classes)))
+    return Split(all_images, all_labels, names)
+
+
+def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
+    """Sizes from the prepared set, else from TFDS's metadata, else from the config's own fields.
+
+    Args:
+      config: ConfigDict with `dataset`, `train_split`, `eval_split` and the fields
+        `num_train_examples`, `num_eval_examples` (both after slicing), `input_shape` and
+        `num_classes`, where 0 and () stand for "not given".
+      data_dir: where prepared sets lie; None: nowhere.
+
+    Raises UserError if a given field contradicts the data or the split, or if a size stays unknown.
+    """
+    given = {field: getattr(config, field) for field in _SIZE_FIELDS if getattr(config, field)}
+    if 'input_shape' in given:
+        given['input_shape'] = tuple(given['input_shape'])
+    known: dict[str, Any]
+    if is_import_path(config.dataset):
+        known, source = _sizes_of_function(config, data_dir)
+    elif data_dir is not None and (prepared := find_prepared(config.dataset, data_dir)):
+        known, source = _sizes_of_prepared(config, data_dir, prepared)
+    else:
+        for field, split in [
+            ('num_train_examples', config.train_split),
+            ('num_eval_examples', config.eval_split),
+        ]:
+            match = re.fullmatch(r'[\w-]+\[(\d*):(\d+)\]', split)
+            if match and field in given:
+                length = int(match[2]) - int(match[1] or 0)
+                _compare(field, given[field], length, f'the split {split!r}')
+        known, source = _sizes_of_tfds(config.dataset, must_know=len(given) < len(_SIZE_FIELDS))
+    for field, value in known.items():
+        if field in given:
+            _compare(field, given[field], value, source)
+    missing = [field for field in _SIZE_FIELDS if field not in known and field not in given]
+    if missing:
+        raise UserError(
+            f'dataset={config.dataset!r} is not prepared in data_dir={data_dir} and TFDS has no '
+            'record of its sizes: run `prepare`, or set '
+            + ', '.join(f'config.{field}' for field in missing)
+        )
+    from_config = [f'config.{field}' for field in _SIZE_FIELDS if field not in known]
+    sources = ([source] if known else []) + from_config
+    return Sizes(**{**given, **known}, source=', '.join(sources))
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a dataset is named by import path, `package.module:function`."""
+    return bool(_IMPORT_PATH.match(name))
+
+
+def not_prepared(name: str, data_dir: Path) -> UserError:
+    """The error for a set that is not there: an unknown name, or the command that gets it."""
+    check_known(name)
+    return UserError(
+        f'dataset={name!r} is not prepared in data_dir={data_dir}: run '
+        f'`python -m parallel_train prepare --config=... --data_dir={data_dir}`'
+    )
+
+
+def check_known(name: str) -> None:
+    """Raises UserError, which names the nearest, if TFDS knows no dataset of that name."""
+    base = parse_name(name)[0]
+    import tensorflow_datasets as tfds
+
+    known = tfds.list_builders(with_community_datasets=False)
+    if base not in known:
+        near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
+        hint = f'nearest: {", ".join(near)}' if near else 'see tensorflow.org/datasets/catalog'
+        raise UserError(f'dataset={name!r} is unknown to TFDS; {hint}')
+
+
+def tfds_builder(name: str, data_dir: Path) -> tuple[Any, Features]:
+    """TFDS's builder of an image-classification set; UserError if the name or the set is none."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except Exception as error:  # noqa: BLE001  of many kinds; each means an unfit name
+        reason = ' '.join(str(error).split())[:300]
+        raise UserError(f'dataset={name!r} is not accepted by TFDS: {reason}') from error
+    content = builder.info.features.to_json()['content']
+    return builder, parse_features(name, content.get('features', {}))
+
+
+def _sizes_of_prepared(
+    config: Any, data_dir: Path, prepared: Prepared
+) -> tuple[dict[str, Any], str]:
+    train = prepared.ranges(config.train_split)
+    num_classes = prepared.features.num_classes
+    if num_classes is None:  # plain integers: the labels themselves tell
+        splits = (config.train_split, config.eval_split)
+        num_classes = max(load_split(config.dataset, s, data_dir).num_classes for s in splits)
+    known = {
+        'num_train_examples': prepared.num_examples(config.train_split),
+        'num_eval_examples': prepared.num_examples(config.eval_split),
+        'input_shape': image_shape(prepared, train[0][0]),
+        'num_classes': num_classes,
+    }
+    return known, f'the prepared set {prepared.path}'
+
+
+def _sizes_of_tfds(name: str, must_know: bool) -> tuple[dict[str, Any], str]:
+    """What TFDS knows without the data: shape and classes, where its code states them.
+
+    TFDS no longer publishes split sizes, so no network is asked.
+    """
+    check_known(name)
+    if not must_know:
+        return {}, ''
+    with tempfile.TemporaryDirectory() as nowhere:  # else TFDS would look into its default data_dir
+        _, features = tfds_builder(name, Path(nowhere))
+    known: dict[str, Any] = {}
+    if None not in features.image_shape:
+        known['input_shape'] = features.image_shape
+    if features.num_classes:
+        known['num_classes'] = features.num_classes
+    return known, "TFDS's metadata"
+
+
+def _sizes_of_function(config: Any, data_dir: Path | None) -> tuple[dict[str, Any], str]:
+    train, evaluation = (
+        _call(config.dataset, split, data_dir) for split in (config.train_split, config.eval_split)
+    )
+    known = {
+        'num_train_examples': len(train.images),
+        'num_eval_examples': len(evaluation.images),
+        'input_shape': train.images.shape[1:],
+        'num_classes': max(train.num_classes, evaluation.num_classes),
+    }
+    return known, f'the function {config.dataset}'
+
+
+def _compare(field: str, given: Any, actual: Any, source: str) -> None:
+    if given != actual:
+        raise UserError(
+            f'config.{field}={given} contradicts {source}, which gives {actual}: '
+            f'set config.{field}={actual}, or leave it out'
+        )
+
+
+def _import_function(name: str) -> Callable[..., Any]:
+    module_name, function_name = name.split(':')
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f'{module_name}.'.startswith(f'{error.name}.'):
+            raise  # the module is there and imports something that is not: its author's fault
+        raise UserError(f'dataset={name!r}: there is no module {error.name!r}') from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        near = difflib.get_close_matches(function_name, dir(module), n=1)
+        hint = f'; nearest: {near[0]}' if near else ''
+        raise UserError(f'dataset={name!r}: {module_name} has no function {function_name!r}{hint}')
+    return function
+
+
+def _call(name: str, split: str, data_dir: Path | None) -> Split:
+    result = _import_function(name)(split, data_dir)
+    names: tuple[str, ...] = ()
+    if isinstance(result, tuple | list) and len(result) == 2:
+        images, labels = result
+    elif isinstance(result, dict) and {'image', 'label'} <= result.keys():
+        images, labels = result['image'], result['label']
+        names = tuple(result.get('class_names', ()))
+    else:
+        raise UserError(
+            f'dataset={name!r} returned {type(result).__name__}, not '
+            "{'image': ..., 'label': ...} nor (images, labels)"
+        )
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise UserError(
+            f'dataset={name!r}: images are {images.dtype} {list(images.shape)}; they must be uint8 '
+            '[n, h, w, c] or [n, h, w], all of one shape'
+        )
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f'dataset={name!r}: labels are {labels.dtype} {list(labels.shape)}; they must be '
+            'integers [n]'
+        )
+    if len(images) != len(labels):
+        raise UserError(f'dataset={name!r}: {len(images)} images but {len(labels)} labels')
+    if not images.size:
+        raise UserError(f'dataset={name!r}: split {split!r} is empty')
+    num_classes = len(names) or int(labels.max()) + 1
+    _check_labels(name, split, labels, num_classes)
+    if images.ndim == 3:
+        images = images[..., None]
+    return Split(images, labels.astype(np.int32), names or tuple(map(str, range(num_classes))))
+
+
+def _check_labels(name: str, split: str, labels: np.ndarray, num_classes: int) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise UserError(
+            f'dataset={name!r}: split {split!r} has labels {low}..{high}, outside '
+            f'0..{num_classes - 1}'
+        )
+
+
+def default_data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
+    """Returns `data_dir`, or where TFDS keeps datasets by default if it is None."""
+    return Path(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets').expanduser()

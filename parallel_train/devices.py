@@ -1,0 +1,169 @@
+"""How many devices are used where the user does not say?
+
+All accelerators. On CPU, where the number of XLA devices is ours to choose, the count that is
+fastest: more devices than cores can pay, because smaller parts of a batch stay in cache. It is
+measured with the real step, once for a model and batch on a machine, and remembered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from parallel_train.batches import gather
+from parallel_train.config import RUN_FIELDS
+from parallel_train.dataset import Sizes, Split
+from parallel_train.errors import UserError
+from parallel_train.mesh import make_mesh, start_devices
+from parallel_train.plan import make_plan
+from parallel_train.state import initialise
+from parallel_train.step import make_train_step
+from parallel_train.workdir import planned_devices, write_atomically
+
+_SECONDS_PER_COUNT = 2.0
+_IRRELEVANT = RUN_FIELDS + (
+    'seed', 'dataset', 'train_split', 'eval_split', 'num_train_examples', 'num_eval_examples',
+    'num_epochs', 'warmup_epochs', 'schedule', 'learning_rate', 'learning_rate_scaling',
+    'reference_batch_size', 'eval_batch_size', 'log_every_steps', 'eval_every_epochs',
+    'checkpoint_every_epochs', 'momentum', 'weight_decay',
+)  # fmt: skip
+
+
+def choose_devices(
+    config: Any,
+    sizes: Sizes,
+    asked: int | None,
+    workdir: Path | None,
+    say: Callable[[str], None],
+    measure: bool = True,
+) -> int:
+    """Starts JAX's backend and returns how many of its devices to use.
+
+    Args:
+      config: a complete config.
+      sizes: of the dataset.
+      asked: what the user asked for; on CPU so many are made. None for the default: all accelerators;
+        on CPU what the job in `workdir` used last, where that still fits, else the fastest count.
+      workdir: of the run, if it has one.
+      say: shows a line to the user.
+      measure: if False, a count that was never measured is estimated instead.
+
+    Raises:
+      UserError: there are not as many as asked for.
+    """
+    if asked is not None:
+        if asked < 1:
+            raise UserError(f'devices={asked}: must be at least 1')
+        start_devices(asked)
+        return make_mesh(asked).size
+    fitting = candidates(config)
+    last = planned_devices(workdir) if workdir else None
+    if last and config.batch_size % (last * config.accumulation_steps) == 0:
+        if config.shards % (last * config.accumulation_steps) == 0:
+            fitting = [last]
+    count = fitting[0] if len(fitting) == 1 else remembered(config, sizes)
+    start_devices(count or max(fitting))
+    if jax.default_backend() != 'cpu':
+        return len(jax.devices())
+    if count:
+        return count
+    return fastest(config, sizes, fitting, say) if measure else estimate(config)
+
+
+def candidates(config: Any, cores: int | None = None) -> list[int]:
+    """Returns the device counts worth measuring: powers of two that fit batch and shards.
+
+    From a half to four times the cores; 1 where none of those fits.
+    """
+    cores = cores or os.cpu_count() or 1
+    fitting = [
+        count
+        for count in (2**k for k in range(11))
+        if config.batch_size % (count * config.accumulation_steps) == 0
+        and config.shards % (count * config.accumulation_steps) == 0
+    ]
+    return [c for c in fitting if cores / 2 <= c <= 4 * cores] or [max(fitting, default=1)]
+
+
+def remembered(config: Any, sizes: Sizes) -> int | None:
+    """Returns the count that was fastest when it was measured, None if it never was."""
+    try:
+        count = json.loads(_memory_file().read_text())[_key(config, sizes)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return count if count in candidates(config) else None
+
+
+def estimate(config: Any) -> int:
+    """Returns a count without measuring: the most that fit, up to two a core."""
+    cores = os.cpu_count() or 1
+    counts = candidates(config, cores)
+    return max((c for c in counts if c <= 2 * cores), default=min(counts))
+
+
+def fastest(config: Any, sizes: Sizes, counts: list[int], say: Callable[[str], None]) -> int:
+    """Measures the step on each of `counts` devices, remembers and returns the fastest count."""
+    say(f'measuring the step on {", ".join(map(str, counts))} XLA CPU devices (once, then remembered)')
+    rates = {c: _images_per_second(config, sizes, c) for c in counts}
+    for c, rate in rates.items():
+        say(f'  {c:>3} devices  {rate:8,.0f} images/s')
+    count = max(rates, key=lambda c: rates[c])
+    _remember(_key(config, sizes), count)
+    return count
+
+
+def _images_per_second(config: Any, sizes: Sizes, count: int) -> float:
+    """Steps/s of the real step on a resident batch of noise, median of three rounds, × batch."""
+    batch = config.batch_size
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, *sizes.input_shape), dtype=np.uint8)
+    labels = rng.integers(0, sizes.num_classes, batch, dtype=np.int32)
+    mesh = make_mesh(count)
+    data = gather(Split(images, labels, ()), np.arange(batch, dtype=np.int32), mesh)
+    step = make_train_step(config, make_plan(config, batch, 1, count), mesh)
+    state = initialise(config, 0.0, mesh)
+
+    def run(steps: int) -> float:
+        nonlocal state
+        start = time.perf_counter()
+        for _ in range(steps):
+            state = step(state, data)
+        jax.block_until_ready(state.step)
+        return time.perf_counter() - start
+
+    run(2)  # the first compiles
+    steps = max(1, round(_SECONDS_PER_COUNT / 3 / run(1)))
+    return batch * steps / statistics.median(run(steps) for _ in range(3))
+
+
+def _memory_file() -> Path:
+    cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    return Path(cache) / 'parallel_train' / 'cpu_devices.json'
+
+
+def _key(config: Any, sizes: Sizes) -> str:
+    relevant = {k: v for k, v in config.to_dict().items() if k not in _IRRELEVANT}
+    machine = [platform.processor(), platform.machine(), os.cpu_count(), version('jaxlib')]
+    what = json.dumps([relevant, sizes.input_shape, sizes.num_classes, machine], sort_keys=True)
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def _remember(key: str, count: int) -> None:
+    file = _memory_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(file.read_text()) if file.exists() else {}
+        write_atomically(file, json.dumps({**known, key: count}, indent=2) + '\n')
+    except (OSError, ValueError):
+        pass  # measured again next time

@@ -1,0 +1,59 @@
+"""How good is it? Exact metrics of the whole eval split: every example counts once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from parallel_train import batches, order
+from parallel_train.dataset import Split
+from parallel_train.mesh import put_whole
+from parallel_train.state import TrainState
+from parallel_train.step import make_eval_step
+
+
+class Evaluator:
+    """Evaluates states on one split, compiled and loaded once."""
+
+    def __init__(self, split: Split, config: Any, mesh: Mesh, state: TrainState):
+        self._split, self._mesh = split, mesh
+        self._step = make_eval_step(config, mesh, state.apply_fn)
+        self._indices, self._weights = order.eval_batches(
+            len(split.images), config.eval_batch_size, multiple_of=mesh.size
+        )
+        self._data: batches.Data | None = None
+        if batches.resident(split, config.data_placement, mesh):
+            by_batch = batches.specs({'order': None})['order']  # type: ignore[dict-item]
+            self._data = {
+                'images': put_whole(mesh, split.images),
+                'labels': put_whole(mesh, split.labels),
+                'order': put_whole(mesh, self._indices, by_batch),
+                'weights': put_whole(mesh, self._weights, by_batch),
+            }
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Returns 'loss' and 'accuracy' (means over the split) and 'num_examples'."""
+        sums = [
+            self._step(state.params, state.batch_stats, self._batch(i), np.int32(i))
+            for i in range(len(self._indices))
+        ]
+        # Added in float64: the split may be larger than float32 can count.
+        total = {
+            name: float(np.sum([np.float64(s[name]) for s in jax.device_get(sums)]))
+            for name in sums[0]
+        }
+        num_examples = round(total['examples'])
+        assert num_examples == len(self._split.images), (num_examples, len(self._split.images))
+        return {
+            'loss': total['loss'] / total['weight'],
+            'accuracy': total['correct'] / total['weight'],
+            'num_examples': num_examples,
+        }
+
+    def _batch(self, i: int) -> batches.Data:
+        if self._data is not None:
+            return self._data
+        return batches.gather(self._split, self._indices[i], self._mesh, self._weights[i])

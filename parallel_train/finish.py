@@ -1,0 +1,113 @@
+"""What came of it? The last lines that a person sees, and the report."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from parallel_train import augment
+from parallel_train.clock import Clock
+from parallel_train.dataset import Split
+from parallel_train.metrics import Row
+from parallel_train.plan import Plan
+from parallel_train.recorder import Recorder
+from parallel_train.report import Samples, Summary, write_report
+from parallel_train.state import TrainState, create_model
+
+_SAMPLES_FROM = 500  # examples of the eval split that the samples are picked from
+_SAMPLES, _WRONG = 24, 8
+
+
+def finish(
+    workdir: Path,
+    config: Any,
+    plan: Plan,
+    rows: list[Row],
+    state: TrainState,
+    eval_split: Split,
+    clock: Clock,
+    recorder: Recorder,
+) -> None:
+    """Prints the results and writes the report."""
+    seconds = dict(clock.seconds)
+    seconds['step'] = max(clock.total() - sum(seconds.values()), 0.0)
+    results = _results(config, plan, rows, recorder)
+    for name, text in results.items():
+        print(f'{name}: {text}')
+    spent = sorted(seconds.items(), key=lambda item: -item[1])
+    print('time: ' + ', '.join(f'{name} {value:.1f} s' for name, value in spent))
+    summary = Summary(
+        title=f'{config.model} on {config.dataset}',
+        results=results,
+        seconds=seconds,
+        environment=environment(),
+        command=command(),
+    )
+    report = write_report(workdir, summary, plan.rate, _samples(config, state, eval_split))
+    print(f'report: {report.resolve()}', flush=True)
+
+
+def _results(config: Any, plan: Plan, rows: list[Row], recorder: Recorder) -> dict[str, str]:
+    evaluations = [row for row in rows if row['split'] == 'eval']
+    results = {}
+    if evaluations:
+        last = evaluations[-1]
+        results[f'{config.eval_split} accuracy'] = f'{last["accuracy"]:.4f}'
+        results[f'{config.eval_split} loss'] = f'{last["loss"]:.4f}'
+    if recorder.step_seconds:
+        rate = recorder.steps_seen * plan.batch_size / recorder.step_seconds
+        results['images/s'] = f'{rate:,.0f}'
+    results['devices'] = f'{plan.num_devices} × {jax.devices()[0].device_kind}'
+    return results
+
+
+def environment() -> dict[str, str]:
+    """Returns what a result may depend on: versions, devices, machine."""
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+    return {
+        'Python': platform.python_version(),
+        **{name: version(name) for name in packages},
+        'device kind': f'{jax.devices()[0].device_kind} ({jax.default_backend()})',
+        'processes': str(jax.process_count()),
+        'system': platform.platform(),
+    }
+
+
+def command() -> str:
+    """Returns the command line of this process, as one would type it; '' if it was not the CLI."""
+    import shlex
+
+    if Path(sys.argv[0]).name not in ('__main__.py', 'parallel-train'):
+        return ''
+    return shlex.join(['python', '-m', 'parallel_train', *sys.argv[1:]])
+
+
+def _samples(config: Any, state: TrainState, split: Split) -> Samples:
+    """Picks test images with predictions: up to `_WRONG` wrong ones, the others as they come."""
+    images = np.asarray(split.images[:_SAMPLES_FROM])
+    labels = np.asarray(split.labels[:_SAMPLES_FROM])
+    model, one = create_model(config), jax.devices()[0]
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    variables = jax.device_put(jax.device_get(variables), one)
+
+    def probabilities_of(variables: Any, images: jax.Array) -> jax.Array:
+        return jax.nn.softmax(model.apply(variables, augment.normalise(images)))
+
+    probabilities = np.asarray(jax.jit(probabilities_of)(variables, images))
+    predictions = probabilities.argmax(-1)
+    wrong = np.flatnonzero(predictions != labels)[:_WRONG]
+    right = np.flatnonzero(predictions == labels)[: _SAMPLES - len(wrong)]
+    chosen = np.sort(np.concatenate([wrong, right]))
+    return Samples(
+        images=images[chosen],
+        labels=labels[chosen],
+        predictions=predictions[chosen],
+        probabilities=probabilities.max(-1)[chosen],
+        class_names=split.class_names,
+    )

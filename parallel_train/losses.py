@@ -1,0 +1,29 @@
+"""What is minimised?
+
+A loss is a function `loss(logits, batch) -> (losses, weights)`: one loss and one weight for each
+example, both float32 of the same shape, [batch] (or [batch, ...] where an example has several
+predictions). The step minimises sum(losses × weights) / sum(weights) over the *global* batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def softmax_cross_entropy(
+    logits: jax.Array, batch: dict[str, Any]
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of softmax(logits) against integer labels, every example with weight 1.
+
+    Args:
+      logits: [batch, num_classes]; computed on in float32.
+      batch: 'label' is int [batch].
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), batch['label']
+    )
+    return losses, jnp.ones_like(losses)

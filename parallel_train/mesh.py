@@ -1,0 +1,101 @@
+"""On which devices does it run, and what lies where?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from parallel_train.errors import UserError
+from parallel_train.reduce import DATA_AXIS
+
+# Threads in the pool of XLA's CPU client, at least. The size of the pool changes the last bits of some
+# results, so it does not follow the number of devices as long as that is at most half of it.
+MIN_CPU_THREADS = 16
+
+
+def start_devices(cpu_devices: int) -> None:
+    """Starts JAX's backend, with `cpu_devices` XLA devices if that is the CPU.
+
+    On CPU the pool of XLA's client is given two threads or more a device. It runs each device's program
+    as a task, which holds its thread while the program waits in an all-reduce; and once 32 programs
+    are queued for a device, the task of the next holds another thread until a place is free. With
+    fewer than two threads a device, those two can take the whole pool while the program that all wait
+    for has no thread to run on: XLA aborts after 40 seconds. The pool's size is read from the
+    environment variable NPROC when the client starts.
+
+    Raises:
+      UserError: the backend runs already, on the CPU, with fewer devices or a pool that can hang.
+    """
+    threads = max(int(os.environ.get('NPROC') or 0), os.cpu_count() or 1, MIN_CPU_THREADS)
+    if jax._src.xla_bridge.backends_are_initialized():
+        if jax.default_backend() == 'cpu':
+            _check_running_cpu_client(cpu_devices)
+        return
+    os.environ['NPROC'] = str(max(threads, 2 * cpu_devices))
+    jax.config.update('jax_num_cpu_devices', cpu_devices)
+    jax.devices()
+
+
+def _check_running_cpu_client(cpu_devices: int) -> None:
+    if len(jax.devices()) < cpu_devices:
+        raise UserError(
+            f'devices={cpu_devices}: JAX runs already with {len(jax.devices())} CPU devices; call '
+            f'parallel_train.start_devices({cpu_devices}) before anything else uses JAX'
+        )
+    threads = int(os.environ.get('NPROC') or os.cpu_count() or 1)
+    if cpu_devices > 1 and threads < 2 * cpu_devices:
+        raise UserError(
+            f'devices={cpu_devices}: JAX runs already with a pool of {threads} threads, which can hang '
+            f'with fewer than {2 * cpu_devices}; call parallel_train.start_devices({cpu_devices}) '
+            f'before anything else uses JAX, or set NPROC={2 * cpu_devices} in the environment'
+        )
+
+
+def make_mesh(num_devices: int) -> Mesh:
+    """Returns a mesh with one axis over the first `num_devices` devices.
+
+    Raises:
+      UserError: there are not that many.
+    """
+    devices = jax.devices()
+    if not 1 <= num_devices <= len(devices):
+        raise UserError(
+            f'devices={num_devices}: there are {len(devices)} {devices[0].platform} devices; '
+            f'use 1 to {len(devices)}'
+        )
+    return jax.make_mesh(
+        (num_devices,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices[:num_devices]
+    )
+
+
+def is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == 'cpu'
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole: the state, the dataset."""
+    return NamedSharding(mesh, P())
+
+
+def put(mesh: Mesh, shape: tuple[int, ...], spec: P, part: Callable[[Any], np.ndarray]) -> jax.Array:
+    """Puts an array on the mesh: the one way from host memory to the devices.
+
+    Args:
+      mesh: the mesh.
+      shape: the shape of the whole array.
+      spec: how it is cut.
+      part: from a tuple of slices of the whole array to that part of it. Called for the devices of
+        this process alone, so that no process needs the parts of others.
+    """
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
+
+
+def put_whole(mesh: Mesh, array: np.ndarray, spec: P | None = None) -> jax.Array:
+    """Puts an array that this process holds whole, cut as `spec` says (replicated without)."""
+    return put(mesh, array.shape, P() if spec is None else spec, lambda index: array[index])

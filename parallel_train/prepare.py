@@ -1,0 +1,255 @@
+"""Where does the dataset come from?
+
+`prepare` takes the first source that has it and stores it in TFDS's standard form, ArrayRecord,
+under the standard name and version, so that plain `tfds.data_source` reads it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel_train import debian, idx
+from parallel_train.dataset import check_known, is_import_path, tfds_builder
+from parallel_train.errors import UserError
+from parallel_train.prepared import exclusive, find_prepared, parse_name, sync
+
+# The sets that are published as four IDX files; TFDS builds all of them with one class.
+IDX_NAMES = ('fashion_mnist', 'mnist', 'kmnist')
+SYSTEM_FOLDER = Path('/usr/share/datasets/fashion-mnist')
+DEBIAN_PACKAGE = 'dataset-fashion-mnist'
+_PROBE_TIMEOUT = 10  # seconds
+
+
+def prepare(
+    name: str, data_dir: Path, source: Path | None = None, say: Callable[[str], None] = print
+) -> str:
+    """Puts a dataset into `data_dir`, unless it is there; says, and returns, where it came from.
+
+    The set appears in one rename of a finished folder: a process killed before leaves only a hidden
+    folder, which the next one removes.
+
+    Args:
+      name: a TFDS name, `name[/config]`; an import path needs no preparation.
+      data_dir: TFDS's data directory; made if need be.
+      source: a folder of IDX files (`--from`), which then is the only source.
+      say: gets progress and result, a line at a time.
+
+    Raises:
+      UserError: unknown name, not an image-classification set, IDX files that are not right, or no
+        source that has the set; then it lists every source tried and why it failed.
+    """
+
+    if is_import_path(name):
+        message = 'is made by a function of its own: nothing to prepare'
+    elif found := find_prepared(name, data_dir):
+        message = f'already prepared in {found.path}'
+    else:
+        message = _obtain(name, data_dir, source, say)
+    say(f'{name}: {message}')
+    return message
+
+
+def _obtain(name: str, data_dir: Path, source: Path | None, say: Callable[[str], None]) -> str:
+    check_known(name)
+    tried: list[str] = []
+    files = _find_idx(name, source, tried, say)
+    data_dir_is_new = not data_dir.exists()
+    prefix = f'.preparing-{parse_name(name)[0]}'
+    try:
+        _make(data_dir)
+        with exclusive(data_dir / f'{prefix}.lock') as alone:
+            if found := find_prepared(name, data_dir):
+                return f'already prepared in {found.path}, by another process'
+            if alone:  # then these were left by a process that was killed
+                for leftover in data_dir.glob(f'{prefix}-*.part'):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            part = Path(tempfile.mkdtemp(prefix=f'{prefix}-', suffix='.part', dir=data_dir))
+            try:
+                if files is not None:
+                    say(f'{name}: storing {files.source} as a TFDS set')
+                    _store_idx(name, files, part)
+                else:
+                    _download_tfds(name, part, data_dir, tried, say)
+                path = _publish(name, part, data_dir)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    except UserError:
+        if data_dir_is_new:
+            with contextlib.suppress(OSError):  # another process may use it by now
+                data_dir.rmdir()
+        raise
+    return f'prepared in {path}, from {files.source if files else "the download of TFDS"}'
+
+
+def _make(data_dir: Path) -> None:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=data_dir).close()
+    except OSError as error:
+        raise UserError(
+            f'data_dir={data_dir} cannot be written ({error.strerror}): choose another --data_dir'
+        ) from error
+
+
+def _find_idx(
+    name: str, source: Path | None, tried: list[str], say: Callable[[str], None]
+) -> idx.IdxSet | None:
+    """The IDX files of the first source that has them; notes in `tried` why the others did not."""
+    if source is not None:
+        if name not in IDX_NAMES:
+            raise UserError(
+                f'--from={source} is for sets of IDX files ({", ".join(IDX_NAMES)}), '
+                f'and dataset={name!r} is none: leave out --from'
+            )
+        if not source.is_dir():
+            raise UserError(f'--from={source} is not a folder')
+        files = idx.load(source)
+        if files is None:
+            raise UserError(
+                f'--from={source} holds no IDX files: train-images-idx3-ubyte[.gz], '
+                'train-labels-idx1-ubyte[.gz], t10k-images-idx3-ubyte[.gz] and '
+                't10k-labels-idx1-ubyte[.gz] are wanted'
+            )
+        return files
+    if name != 'fashion_mnist':
+        if name in IDX_NAMES:
+            tried.append('IDX files: no --from=DIR was given')
+        return None
+    files = idx.load(SYSTEM_FOLDER) if SYSTEM_FOLDER.is_dir() else None
+    if files is None:
+        tried.append(f'IDX files: no --from=DIR was given, and there are none in {SYSTEM_FOLDER}')
+        files = _fetch_debian_package(tried, say)
+    return files
+
+
+def _fetch_debian_package(tried: list[str], say: Callable[[str], None]) -> idx.IdxSet | None:
+    label = f"Debian's package {DEBIAN_PACKAGE}"
+    say(f'fetching {label} (30 MB)')
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            root = debian.unpack(DEBIAN_PACKAGE, Path(folder))
+            files = idx.load(root / SYSTEM_FOLDER.relative_to('/'))
+        except (debian.PackageError, UserError) as error:
+            tried.append(f'{label}: {error}')
+            return None
+    if files is None:
+        tried.append(f'{label}: it holds no IDX files')
+        return None
+    return dataclasses.replace(files, source=label)
+
+
+def _store_idx(name: str, files: idx.IdxSet, folder: Path) -> None:
+    """Writes IDX arrays as the set that TFDS's own builder of that name would write."""
+    import tensorflow_datasets as tfds
+
+    with tempfile.TemporaryDirectory() as nowhere:
+        standard: Any = type(tfds_builder(name, Path(nowhere))[0])
+
+    # The real builder, with its version, features, class names and description, but our examples.
+    class Builder(standard, skip_registration=True):  # type: ignore[call-arg]
+        __module__ = standard.__module__
+
+        def _split_generators(self, manager: Any) -> dict[str, Iterator[Any]]:
+            return {split: _examples(*arrays) for split, arrays in files.splits.items()}
+
+    Builder.name = name
+    builder = Builder(data_dir=folder)
+    expected = builder.info.features['image'].shape
+    actual = (*files.splits['train'][0].shape[1:], 1)
+    if actual != expected:
+        raise UserError(
+            f'{files.source} hold images of {actual[0]}x{actual[1]} pixels; those of {name} have '
+            f'{expected[0]}x{expected[1]}'
+        )
+    # TFDS would announce a download, and draw a bar for each of its stages.
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(file_format='array_record')
+    finally:
+        tfds.enable_progress_bar()
+    record = {'source': files.source, 'sha256': files.sha256}
+    (Path(builder.data_dir) / 'idx_checksums.json').write_text(json.dumps(record, indent=2) + '\n')
+
+
+def _examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
+    from PIL import Image
+
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        png = io.BytesIO()  # given an array, TFDS would import TensorFlow to encode it
+        Image.fromarray(image).save(png, 'png')
+        png.seek(0)
+        yield index, {'image': png, 'label': int(label)}
+
+
+def _download_tfds(
+    name: str, folder: Path, data_dir: Path, tried: list[str], say: Callable[[str], None]
+) -> None:
+    """TFDS's own download and preparation, into `folder`; raises UserError if that fails."""
+    builder, _ = tfds_builder(name, folder)
+    downloads = data_dir / 'downloads'  # TFDS's place: a second try finds what the first has got
+    try:
+        _probe(builder)
+        say(f'{name}: downloading with TFDS')
+        builder.download_and_prepare(download_dir=downloads, file_format='array_record')
+        return
+    except Exception as error:  # noqa: BLE001  TFDS and what it calls raise all kinds
+        reason = ' '.join(str(error).split())[:300]
+        tried.append(f"TFDS's own download: {type(error).__name__}: {reason}")
+    for path, _, _ in os.walk(downloads, topdown=False):
+        with contextlib.suppress(OSError):  # keeps what is not empty
+            os.rmdir(path)
+    by_hand = (
+        '--from=DIR with the four IDX files (train- and t10k-, images and labels); or '
+        if name in IDX_NAMES
+        else ''
+    )
+    raise UserError(
+        f'dataset={name!r} is not prepared in data_dir={data_dir}, and no source has it. Tried:\n'
+        + ''.join(f'  - {line}\n' for line in tried)
+        + f'Remedy: {by_hand}prepare it on a machine with internet access and copy '
+        f'{parse_name(name)[0]}/ from its data_dir into this one'
+    )
+
+
+def _probe(builder: Any) -> None:
+    """Fails within seconds where there is no network; TFDS's own tries would take minutes."""
+    import requests
+
+    urls = list(builder.url_infos or ())
+    if urls:
+        requests.head(urls[0], timeout=_PROBE_TIMEOUT)
+
+
+def _publish(name: str, part: Path, data_dir: Path) -> Path:
+    """Moves the one finished set in `part` to its place in `data_dir`, at once and for good."""
+    found = find_prepared(name, part)
+    if found is None:
+        raise RuntimeError(f'TFDS reported success but wrote no {name} into {part}')
+    for path in found.path.rglob('*'):
+        sync(path)
+    sync(found.path)
+    final = data_dir / found.path.relative_to(part)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for note in part.glob('*/.config'):  # which config a bare name means
+        shutil.copytree(note, data_dir / note.relative_to(part), dirs_exist_ok=True)
+    try:
+        found.path.rename(final)
+    except OSError as error:
+        if find_prepared(name, data_dir) is None:
+            raise UserError(
+                f'{final} is in the way and is not a finished dataset: remove it'
+            ) from error
+    sync(final.parent)
+    return final

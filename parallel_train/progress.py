@@ -1,0 +1,73 @@
+"""What does a person see while it runs? A bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from parallel_train.plan import Plan
+
+
+class Progress:
+    """Shows rows of metrics as they come; silent where `enabled` is False (process 0 alone shows)."""
+
+    def __init__(self, plan: Plan, from_step: int, enabled: bool = True):
+        self._plan, self._enabled = plan, enabled
+        self._start, self._from_step = time.perf_counter(), from_step
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=plan.num_steps,
+                initial=from_step,
+                unit='step',
+                dynamic_ncols=True,
+                bar_format='{desc} {bar} {percentage:3.0f}% {postfix} {remaining} left',
+            )
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Shows a row of `metrics.jsonl`."""
+        if not self._enabled:
+            return
+        if row['split'] == 'eval':
+            self.say(
+                f'epoch {row["epoch"]:6.2f}  step {row["step"]:>6}  EVAL  loss {row["loss"]:.4f}  '
+                f'accuracy {row["accuracy"]:.4f}  on all {row["num_examples"]} examples'
+            )
+            return
+        if self._bar is not None:
+            self._bar.set_description_str(
+                f'epoch {row["epoch"]:.2f}/{self._plan.num_epochs:g}', refresh=False
+            )
+            self._bar.set_postfix_str(
+                f'step {row["step"]}  loss {row["loss"]:.3f}  acc {row["accuracy"]:.3f}  '
+                f'rate {row["learning_rate"]:.4g}  {row["examples_per_second"]:,.0f} images/s',
+                refresh=False,
+            )
+            self._bar.update(row['step'] - self._bar.n)
+            return
+        self.say(
+            f'epoch {row["epoch"]:6.2f}  step {row["step"]:>6}  train loss {row["loss"]:.4f}  '
+            f'accuracy {row["accuracy"]:.4f}  rate {row["learning_rate"]:.5f}  '
+            f'{row["examples_per_second"]:8,.0f} images/s  {self._left(row["step"])} left'
+        )
+
+    def _left(self, step: int) -> str:
+        spent = time.perf_counter() - self._start
+        seconds = round(spent / max(step - self._from_step, 1) * (self._plan.num_steps - step))
+        return f'{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}'
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

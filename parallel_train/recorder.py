@@ -1,0 +1,125 @@
+"""How do numbers get from the devices to the log without making the host wait?
+
+The devices keep running sums. When a row is due, the sums are taken and a thread waits for them while
+the loop goes on; the row is written when the next one is due, or before anything that waits anyway.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from parallel_train.errors import Diverged
+from parallel_train.metrics import MetricsLog
+from parallel_train.plan import Plan
+from parallel_train.progress import Progress
+from parallel_train.state import TrainState, take_sums
+
+_Fetched = tuple[dict[str, float], float]  # the sums, and when the devices had computed them
+
+
+def _fetch(sums: dict[str, jax.Array]) -> _Fetched:
+    values = {name: float(value) for name, value in jax.device_get(sums).items()}
+    return values, time.perf_counter()
+
+
+class Recorder:
+    """Writes rows of train and eval metrics, and shows them."""
+
+    def __init__(self, plan: Plan, mesh: Mesh, log: MetricsLog, progress: Progress, step: int):
+        self._plan, self._mesh, self._log, self._progress = plan, mesh, log, progress
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix='metrics')
+        self._pending: tuple[int, float, Future[_Fetched]] | None = None
+        self._wait_seconds = 0.0
+        self.steps_seen, self.step_seconds = 0, 0.0  # of all rows so far, for the mean throughput
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Starts a new interval for throughput: after a compilation, an evaluation, a save."""
+        self.settle()
+        self._interval = (step, time.perf_counter())
+
+    def log(self, state: TrainState, step: int, wait_seconds: float) -> TrainState:
+        """Makes the row of the updates since the one before; returns the state with fresh sums.
+
+        Args:
+          state: after `step` completed updates.
+          step: completed updates.
+          wait_seconds: what the host has waited for data so far, in this process.
+        """
+        state, sums = take_sums(state, self._mesh)
+        waited, self._wait_seconds = wait_seconds - self._wait_seconds, wait_seconds
+        job = self._pool.submit(_fetch, sums)
+        self._write_pending()
+        self._pending = (step, waited, job)
+        return state
+
+    def evaluated(self, step: int, result: dict[str, float]) -> None:
+        """Writes the row of an evaluation after `step` updates."""
+        self.settle()
+        row = {'split': 'eval', 'step': step, 'epoch': self._plan.epoch_of(step), **result}
+        self._log.write(row)
+        self._progress.show(row)
+
+    def settle(self) -> None:
+        """Returns once every row made so far is written.
+
+        Raises:
+          Diverged: a row's loss or gradient norm is not finite.
+        """
+        self._write_pending()
+
+    def sync(self, state: TrainState) -> None:
+        """Returns once every row is on disk, and `state` is known to be finite as far as rows tell.
+
+        Raises:
+          Diverged: the updates since the last row were not finite.
+        """
+        self.settle()
+        self._check(_fetch(state.sums)[0], int(state.step))
+        self._log.sync()
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        step, waited, job = self._pending
+        self._pending = None
+        sums, done = job.result()
+        begin, start = self._interval
+        self._interval = (step, done)
+        seconds = max(done - start, 1e-9)
+        self.steps_seen += step - begin
+        self.step_seconds += seconds
+        updates = sums['updates']
+        row: dict[str, Any] = {
+            'split': 'train',
+            'step': step,
+            'epoch': self._plan.epoch_of(step),
+            'loss': sums['loss'] / updates,
+            'accuracy': sums['accuracy'] / updates,
+            'grad_norm': sums['grad_norm'] / updates,
+            'learning_rate': self._plan.rate(step - 1),
+            'examples_per_second': (step - begin) * self._plan.batch_size / seconds,
+            'data_wait_fraction': min(waited / seconds, 1.0),
+        }
+        self._log.write(row)
+        self._progress.show(row)
+        self._check(sums, step)
+
+    def _check(self, sums: dict[str, float], step: int) -> None:
+        if not all(math.isfinite(value) for value in sums.values()):
+            raise Diverged(
+                f'training diverged: the loss or the gradient is not finite in the updates up to step '
+                f'{step} (rate {self._plan.rate(step - 1):.6g}); the last good checkpoint stands. Lower '
+                'config.learning_rate or lengthen config.warmup_epochs, and use a new workdir'
+            )
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._log.close()
+        self._progress.close()

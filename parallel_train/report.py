@@ -1,0 +1,393 @@
+"""How did a run go? One self-contained page, `report.html`, and `plots/*.png` beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel_train import plots
+from parallel_train.plots import Row, Samples
+
+EMPTY = '\u2013'  # stands for None and for nothing
+MAX_SAMPLES = 40  # keeps the page small whatever the images are
+TIME_COLORS = {
+    'step': '#0072b2',
+    'compile': '#e69f00',
+    'data wait': '#d55e00',
+    'eval': '#009e73',
+    'save': '#cc79a7',
+    'other': '#8b949e',
+}  # Okabe and Ito (2008), told apart in every common form of colour blindness
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the run itself knows and its files do not.
+
+    title: the page's heading; results: label to text, the large tiles ('test accuracy': '0.9251');
+    seconds: part of the run to wall seconds ('step', 'compile', 'data wait', 'eval', 'save',
+    'other'); environment: label to text (versions, device kind); command: how the run was started,
+    '' for one rebuilt from the config.
+    """
+
+    title: str
+    results: Mapping[str, str]
+    seconds: Mapping[str, float]
+    environment: Mapping[str, str]
+    command: str = ''
+
+
+def write_report(
+    workdir: Path,
+    summary: Summary,
+    rate: Callable[[int], float],
+    samples: Samples | None = None,
+) -> Path:
+    """Writes `report.html` and `plots/*.png` from config.json, plan.json and metrics.jsonl.
+
+    `rate(step)` is the learning rate after `step` completed updates. Every file is written whole or
+    not at all. Returns the page's path.
+    """
+    workdir = Path(workdir)
+    config = json.loads((workdir / 'config.json').read_text())
+    plan = json.loads((workdir / 'plan.json').read_text())
+    rows = read_rows(workdir / 'metrics.jsonl')
+    figures = {
+        'schedule': plots.schedule_figure(plan, rate),
+        'loss': plots.curve_figure(rows, 'loss', 'Loss', plan),
+        'accuracy': plots.curve_figure(rows, 'accuracy', 'Accuracy', plan),
+        'throughput': plots.throughput_figure(rows, plan),
+    }
+    charts = {
+        name: f'<figure class="chart">{plots.to_svg(figure, name, f"Chart: {name}")}</figure>'
+        for name, figure in figures.items()
+    }
+    if samples is not None and not len(samples.images):
+        samples = None
+    if samples is not None:
+        samples = replace(samples, images=samples.images[:MAX_SAMPLES])
+        figures['samples'] = plots.samples_figure(samples)
+    (workdir / 'plots').mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        _write(workdir / 'plots' / f'{name}.png', plots.to_png(figure))
+    sections = [
+        _header(summary, config, plan),
+        _tiles(summary.results),
+        _warnings(plan.get('warnings') or [], rows),
+        _section('Schedule', _pair(charts['schedule'], _boundary_table(plan, rate))),
+        _section('Learning curves', _pair(charts['loss'], charts['accuracy']) + _best_line(rows)),
+        _section('Speed', _pair(charts['throughput'], _time_spent(summary.seconds, rows))),
+        _section('Plan', _pairs_table({k: v for k, v in plan.items() if k != 'warnings'})),
+        _sample_grid(samples),
+        _section('Config', _pairs_table(config)),
+        _section('Environment', _pairs_table(summary.environment)),
+        _section('Reproduce', _reproduce(summary.command, config)),
+    ]
+    page = _page(summary.title, ''.join(sections))
+    _write(workdir / 'report.html', page.encode())
+    return workdir / 'report.html'
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; [] without it. A last line cut short by a kill is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number != len(lines) - 1:
+                raise
+    return rows
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _text(value: Any) -> str:
+    """Escaped for HTML, without the control characters that no page may hold."""
+    return html.escape(re.sub(r'[\x00-\x08\x0b-\x1f\x7f]', '\ufffd', str(value)))
+
+
+def _number(value: Any) -> str:
+    """A JSON value as a reader wants it, unescaped: 60,000 and 0.02 and (28, 28, 1)."""
+    if isinstance(value, bool) or value is None:
+        return {True: 'yes', False: 'no', None: EMPTY}[value]
+    if isinstance(value, int):
+        return f'{value:,}'
+    if isinstance(value, float):
+        return f'{value:.6g}'
+    if isinstance(value, Mapping):
+        return ' · '.join(f'{key}: {_number(item)}' for key, item in value.items()) or EMPTY
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ' · '.join(_number(item) for item in value) or EMPTY
+    return str(value) if value != '' else EMPTY
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f'{seconds:.1f} s'
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f'{minutes} min {rest:02} s'
+    return f'{minutes // 60} h {minutes % 60:02} min'
+
+
+def _section(title: str, body: str) -> str:
+    return f'<section><h2>{title}</h2>{body}</section>' if body else ''
+
+
+def _pair(left: str, right: str) -> str:
+    return f'<div class="pair">{left}{right}</div>'
+
+
+def _header(summary: Summary, config: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    epochs = plan['num_steps'] / plan['steps_per_epoch']
+    devices = plan.get('num_devices')
+    facts = [
+        f'{plan["num_train_examples"]:,} training examples',
+        f'{epochs:.4g} epochs of {plan["steps_per_epoch"]:,} steps',
+        f'{plan["batch_size"]:,} examples a step',
+        *([f'{devices:,} device{"s" if devices > 1 else ""}'] if devices else []),
+    ]
+    model, dataset = (
+        _text(config.get('model', 'a model')),
+        _text(config.get('dataset', 'a dataset')),
+    )
+    return (
+        f'<header><h1>{_text(summary.title)}</h1>'
+        f'<p class="lead"><b>{model}</b> trained on <b>{dataset}</b></p>'
+        f'<p class="muted">{" · ".join(facts)}</p></header>'
+    )
+
+
+def _tiles(results: Mapping[str, str]) -> str:
+    tiles = ''.join(
+        f'<div><dd>{_text(value)}</dd><dt>{_text(label)}</dt></div>'
+        for label, value in results.items()
+    )
+    return f'<dl class="tiles">{tiles}</dl>' if tiles else ''
+
+
+def _warnings(warnings: Sequence[str], rows: Sequence[Row]) -> str:
+    broken = [
+        row for row in rows if not all(map(_finite, (row.get('loss'), row.get('grad_norm', 0))))
+    ]
+    if broken:
+        first = f'{broken[0]["split"]} row at step {broken[0]["step"]:,}'
+        text = f'Loss or gradient norm is not finite in {len(broken):,} rows, first in the {first}.'
+        warnings = [*warnings, text]
+    items = ''.join(f'<li>{_text(warning)}</li>' for warning in warnings)
+    return f'<aside class="warnings"><h2>Warnings</h2><ul>{items}</ul></aside>' if items else ''
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _boundary_table(plan: Mapping[str, Any], rate: Callable[[int], float]) -> str:
+    rates = plan.get('learning_rate_at', {})
+    lines = []
+    for step, name in [(0, 'start'), *plots.boundary_marks(plan)]:
+        value = rates.get(str(step))
+        value = rate(step) if value is None else value
+        epoch = step / plan['steps_per_epoch']
+        cells = (name, f'{step:,}', f'{epoch:.4g}', f'{float(value):.4g}')
+        late = ' class="muted"' if step > plan['num_steps'] else ''
+        lines.append(f'<tr{late}>' + ''.join(f'<td>{_text(cell)}</td>' for cell in cells) + '</tr>')
+    head = '<tr><th>boundary</th><th>step</th><th>epoch</th><th>rate</th></tr>'
+    body = f'<thead>{head}</thead><tbody>{"".join(lines)}</tbody>'
+    return f'<div><table class="rows">{body}</table></div>'
+
+
+def _best_line(rows: Sequence[Row]) -> str:
+    parts = []
+    for key, word in (('loss', 'lowest'), ('accuracy', 'highest')):
+        steps, values = plots.column(rows, 'eval', key)
+        best = plots.best_row(key, values)
+        if best is not None:
+            where = f'at step {steps[best]:,.0f}'
+            parts.append(f'{word} eval {key} <b>{values[best]:.4f}</b> {where}')
+    if not parts:
+        return '<p class="muted note">No evaluation yet.</p>'
+    text = ' · '.join(parts)
+    return f'<p class="muted note">{text[0].upper()}{text[1:]}.</p>'
+
+
+def _time_spent(seconds: Mapping[str, float], rows: Sequence[Row]) -> str:
+    parts = {name: max(float(value), 0.0) for name, value in seconds.items() if _finite(value)}
+    total = sum(parts.values())
+    order = [*(k for k in TIME_COLORS if k in parts), *(k for k in parts if k not in TIME_COLORS)]
+    bar, legend = [], []
+    for name in order if total else []:
+        color, share = TIME_COLORS.get(name, TIME_COLORS['other']), 100 * parts[name] / total
+        if share >= 0.05:
+            bar.append(f'<i style="background:{color};flex-grow:{share:.3f}"></i>')
+        legend.append(
+            f'<tr><td><i style="background:{color}"></i>{_text(name)}</td>'
+            f'<td>{_duration(parts[name])}</td><td>{share:.1f} %</td></tr>'
+        )
+    waits = plots.column(rows, 'train', 'data_wait_fraction')[1]
+    waits = waits[np.isfinite(waits)]
+    note = ''
+    if len(waits):
+        note = f'Waiting for data, median of the steps: {100 * float(np.median(waits)):.2g} %.'
+        note = f'<p class="muted note">{note}</p>'
+    if not legend:
+        return f'<div>{note}</div>'
+    return (
+        f'<div class="time"><h3>Where {_duration(total)} went</h3>'
+        f'<div class="bar" role="img" aria-label="Shares of the time, see the table">{"".join(bar)}'
+        f'</div><table class="rows"><tbody>{"".join(legend)}</tbody></table>{note}</div>'
+    )
+
+
+def _pairs_table(values: Mapping[str, Any]) -> str:
+    lines = ''.join(
+        f'<div><dt>{_text(key)}</dt><dd>{_text(_number(value))}</dd></div>'
+        for key, value in values.items()
+    )
+    return f'<dl class="pairs">{lines}</dl>' if lines else ''
+
+
+def _sample_grid(samples: Samples | None) -> str:
+    if samples is None:
+        return ''
+    cells, right = [], 0
+    for i, image in enumerate(samples.images):
+        label, guess = int(samples.labels[i]), int(samples.predictions[i])
+        right += label == guess
+        name, chance = _text(samples.name(guess)), f'{100 * float(samples.probabilities[i]):.0f} %'
+        truth = '' if label == guess else f'<em>is {_text(samples.name(label))}</em>'
+        cross, kind = ('', '') if label == guess else ('✗ ', ' class="wrong"')
+        cells.append(
+            f'<figure{kind}><img src="{_data_url(image)}" alt="{_text(samples.name(label))}" />'
+            f'<figcaption><b>{cross}{name}</b>{truth}<span>{chance}</span></figcaption></figure>'
+        )
+    count = len(samples.images)
+    note = (
+        f'<p class="muted note">{right} of these {count} are right; '
+        'each shows the prediction and its probability, a wrong one also what it is.</p>'
+    )
+    return _section('Test images', f'<div class="samples">{"".join(cells)}</div>{note}')
+
+
+def _data_url(image: np.ndarray) -> str:
+    """A uint8 image [h, w, c] as a data: URL: PNG as it is, or a JPEG of at most 144 pixels."""
+    from PIL import Image
+
+    picture = Image.fromarray(
+        np.ascontiguousarray(image if image.shape[-1] == 3 else image[..., 0])
+    )
+    out, kind = io.BytesIO(), 'png' if max(picture.size) <= 64 else 'jpeg'
+    picture.thumbnail((144, 144))
+    picture.save(out, format=kind)
+    return f'data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}'
+
+
+def _reproduce(command: str, config: Mapping[str, Any]) -> str:
+    if not command:
+        given = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in config.items()
+            if value is not None
+        }
+        words = [
+            'python -m parallel_train train',
+            '--workdir=NEW_DIR',
+            '--config=configs/default.py',
+        ]
+        words += [shlex.quote(f'--config.{key}={value}') for key, value in given.items()]
+        command = ' '.join(words)
+    return f'<pre>{_text(command)}</pre><p class="muted note">The config in full is above.</p>'
+
+
+def _page(title: str, body: str) -> str:
+    def variables(colors: Mapping[str, str]) -> str:
+        return ''.join(f'--{role}:{color};' for role, color in colors.items())
+
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8" />'
+        '<meta name="viewport" content="width=device-width, initial-scale=1" />'
+        '<meta name="color-scheme" content="light dark" />'
+        f'<title>{_text(title)}</title><style>\n'
+        f':root{{{variables(plots.LIGHT)}--page:#fdfdfc;--soft:#f3f4f5}}\n'
+        f'@media screen and (prefers-color-scheme:dark){{:root{{{variables(plots.DARK)}'
+        f'--page:#16181b;--soft:#202327}}}}\n{STYLE}</style></head>\n'
+        f'<body><main>{body}</main></body></html>\n'
+    )
+
+
+STYLE = """
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,-apple-system,
+  "Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums lining-nums;
+  -webkit-text-size-adjust:100%}
+main{max-width:1000px;margin:0 auto;padding:56px 28px 72px}
+h1{font-size:34px;line-height:1.15;letter-spacing:-.02em;font-weight:650;margin:0 0 10px}
+h2{font-size:20px;letter-spacing:-.01em;font-weight:650;margin:0 0 18px}
+h3{font-size:15px;font-weight:600;margin:0 0 14px}
+.lead{font-size:18px;margin:0}.lead b{font-weight:600}
+.muted{color:var(--muted)}header .muted{margin:2px 0 0}
+.note{font-size:14px;margin:14px 0 0}.note b{color:var(--ink);font-weight:600}
+section{margin-top:52px;padding-top:22px;border-top:1px solid var(--line)}
+dl,dd,figure{margin:0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;
+  margin-top:32px}
+.tiles>div{display:flex;flex-direction:column;background:var(--soft);
+  border-radius:10px;padding:16px 18px}
+.tiles dd{font-size:30px;line-height:1.2;font-weight:600;letter-spacing:-.02em;
+  overflow-wrap:anywhere}
+.tiles dt{font-size:14px;color:var(--muted);margin-top:2px}
+.warnings{margin-top:24px;border-left:4px solid var(--eval);background:var(--soft);
+  border-radius:0 10px 10px 0;padding:14px 20px}
+.warnings h2{font-size:15px;margin:0 0 4px}.warnings ul{margin:0;padding-left:18px}
+.pair{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:36px 44px;align-items:start}
+.chart svg{display:block;width:100%;height:auto;overflow:visible;font-family:inherit}
+.chart svg *{stroke-linejoin:round;stroke-linecap:butt}
+table.rows{border-collapse:collapse;width:100%;font-size:15px}
+.rows th{font-weight:500;font-size:13px;color:var(--muted)}
+.rows th,.rows td{text-align:right;padding:7px 0 7px 14px;border-bottom:1px solid var(--line)}
+.rows th:first-child,.rows td:first-child{text-align:left;padding-left:0}
+.bar{display:flex;gap:2px;height:30px;border-radius:6px;overflow:hidden;margin-bottom:10px}
+.bar i{min-width:2px}.bar i,.rows i{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+.rows i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:9px}
+.pairs{columns:2;column-gap:44px;font-size:14.5px}
+.pairs>div{display:flex;justify-content:space-between;gap:18px;padding:5px 0;break-inside:avoid;
+  border-bottom:1px solid var(--line)}
+.pairs dt{color:var(--muted)}.pairs dd{text-align:right;overflow-wrap:anywhere}
+.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(96px,1fr));gap:18px 14px}
+.samples figure{break-inside:avoid;min-width:0}
+.samples img{display:block;width:100%;aspect-ratio:1;object-fit:contain;image-rendering:pixelated;
+  border-radius:6px;background:#000}
+.samples .wrong img{outline:3px solid var(--bad);outline-offset:1px}
+.samples figcaption{font-size:13px;line-height:1.35;margin-top:7px;overflow-wrap:anywhere}
+.samples b{font-weight:550}.samples span,.samples em{display:block;font-style:normal}
+.samples span{color:var(--muted)}
+.samples .wrong b,.samples em{color:var(--bad)}
+pre{background:var(--soft);border-radius:10px;padding:16px 18px;margin:0;white-space:pre-wrap;
+  overflow-wrap:anywhere;font:13.5px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+@media(max-width:720px){main{padding:32px 18px 48px}h1{font-size:27px}.pair{grid-template-columns:
+  minmax(0,1fr)}.pairs{columns:1}section{margin-top:38px}
+  .tiles{grid-template-columns:repeat(2,minmax(0,1fr))}.tiles dd{font-size:21px}}
+@media print{:root{--page:#fff}.samples{grid-template-columns:repeat(8,1fr)}
+  .tiles dd{font-size:21px}
+  main{max-width:none;padding:0}section{margin-top:26px}.pair,.chart,.rows,.warnings{
+  break-inside:avoid}h2{break-after:avoid}body{font-size:13px}.tiles>div,pre,.warnings{border:1px
+  solid var(--line)}}
+"""

@@ -1,0 +1,187 @@
+"""What changes from step to step? The model's variables, the optimizer's, and running sums."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+from jax.sharding import Mesh
+
+from parallel_train import config as config_lib
+from parallel_train.errors import UserError
+from parallel_train.mesh import replicated
+
+# The generator is pinned: others give other numbers when they are mapped over shards.
+KEY_IMPL = 'threefry2x32'
+GUIDE_INPUT_SHAPE = (28, 28, 1)  # what the guide trains on, where a config does not say
+GUIDE_NUM_CLASSES = 10
+
+
+class TrainState(train_state.TrainState):
+    """Flax's TrainState with what a step needs besides. All arrays are replicated.
+
+    `step` is an int32 scalar, the number of completed updates. `batch_stats` is the model's collection
+    of this name, {} if it has none. `key` is the raw data (uint32 [2]) of the key that dropout and
+    augmentation are derived from. `sums` are float32 scalars, sums over the updates since they were
+    last taken: 'loss', 'accuracy', 'grad_norm', and 'updates', their number.
+    """
+
+    batch_stats: Any = None
+    key: jax.Array = None  # type: ignore[assignment]
+    sums: dict[str, jax.Array] = None  # type: ignore[assignment]
+
+
+def zero_sums() -> dict[str, jax.Array]:
+    return {name: jnp.zeros((), jnp.float32) for name in ('loss', 'accuracy', 'grad_norm', 'updates')}
+
+
+def create_model(config: Any) -> nn.Module:
+    """Returns the Linen module that `config.model` names.
+
+    The class is called with `num_classes=config.num_classes` where it has such a field.
+
+    Raises:
+      UserError: it cannot be imported, or gives no Linen module.
+    """
+    path = config_lib.BUILT_IN_MODELS.get(config.model, config.model)
+    factory = config_lib.import_object('model', path)
+    if not callable(factory):
+        raise UserError(f'config.model={config.model!r}: must name a Linen module class')
+    takes_classes = 'num_classes' in inspect.signature(factory).parameters
+    classes = config.num_classes or GUIDE_NUM_CLASSES
+    model = factory(num_classes=classes) if takes_classes else factory()
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f'config.model={config.model!r}: must give a flax.linen Module, not {type(model).__name__}'
+        )
+    return model
+
+
+def takes_train(model: nn.Module) -> bool:
+    """Whether the model is called with `train=`, as models with BatchNorm or dropout are."""
+    return 'train' in inspect.signature(type(model).__call__).parameters
+
+
+def create_optimizer(config: Any, learning_rate_fn: Any) -> optax.GradientTransformation:
+    """Returns the optax optimizer that the config describes, on the given schedule (or rate).
+
+    SGD as in the guide: `optax.sgd(learning_rate_fn, momentum)`. Weight decay is L2, added to the
+    gradient before the momentum (decoupled for adamw), of arrays of two dimensions and more.
+    """
+
+    def kernels(params: Any) -> Any:
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    if config.optimizer == 'adamw':
+        return optax.adamw(
+            learning_rate_fn, b1=config.momentum, weight_decay=config.weight_decay, mask=kernels
+        )
+    sgd = optax.sgd(learning_rate_fn, config.momentum, nesterov=config.nesterov)
+    if not config.weight_decay:
+        return sgd
+    return optax.chain(optax.add_decayed_weights(config.weight_decay, kernels), sgd)
+
+
+def create_train_state(rng: jax.Array, config: Any, learning_rate_fn: Any) -> TrainState:
+    """Creates the initial state, as the function of this name in Flax's guide does.
+
+    Args:
+      rng: the key that the parameters are initialised from.
+      config: needs the guide's fields alone; what it leaves out has its default.
+      learning_rate_fn: an optax schedule, or a rate.
+
+    Returns:
+      A state on the default device. `apply_fn` is the model's `apply`, as in Flax.
+
+    Raises:
+      UserError: the model does not take images of the config's input shape.
+    """
+    config = config_lib.complete(config)
+    model = create_model(config)
+    shape = tuple(config.input_shape) or GUIDE_INPUT_SHAPE
+    try:
+        variables = model.init(rng, jnp.ones((1, *shape), jnp.float32))
+    except (TypeError, ValueError, nn.errors.FlaxError, ZeroDivisionError) as error:
+        raise UserError(
+            f'config.model={config.model!r}: does not take images of shape {shape}: {error}'
+        ) from error
+    key = jax.random.key(config.seed, impl=KEY_IMPL)
+    return TrainState.create(
+        apply_fn=model.apply,
+        params=variables['params'],
+        tx=create_optimizer(config, learning_rate_fn),
+        batch_stats=variables.get('batch_stats', {}),
+        # Another stream than that of the parameters, which callers derive from the seed as well.
+        key=jax.random.key_data(jax.random.fold_in(key, 1)),
+        sums=zero_sums(),
+    ).replace(step=jnp.zeros((), jnp.int32))  # an array: a Python int would compile the step twice
+
+
+def abstract_state(config: Any, learning_rate_fn: Any) -> TrainState:
+    """Returns the state's shapes and dtypes; nothing is computed or allocated."""
+    return jax.eval_shape(
+        lambda: create_train_state(init_key(config), config, learning_rate_fn)
+    )
+
+
+def check_model(config: Any, template: TrainState) -> None:
+    """Checks that the model's output has a place for every class of the dataset.
+
+    Raises:
+      UserError: it has fewer.
+    """
+    model = create_model(config)
+    variables = {'params': template.params, 'batch_stats': template.batch_stats}
+    image = jax.ShapeDtypeStruct((2, *config.input_shape), jnp.float32)
+    logits = jax.eval_shape(lambda v, x: model.apply(v, x), variables, image)
+    if not hasattr(logits, 'shape') or logits.ndim != 2 or logits.shape[0] != 2:
+        raise UserError(
+            f'config.model={config.model!r}: must return logits [batch, classes], not '
+            f'{getattr(logits, "shape", type(logits).__name__)} for 2 images'
+        )
+    if logits.shape[1] < config.num_classes:
+        raise UserError(
+            f'config.model={config.model!r}: gives {logits.shape[1]} logits, but the labels of '
+            f'{config.dataset!r} go up to {config.num_classes - 1}; it must give at least '
+            f'{config.num_classes}'
+        )
+
+
+def init_key(config: Any) -> jax.Array:
+    """Returns the key that a run's parameters are initialised from."""
+    return jax.random.key(config.seed, impl=KEY_IMPL)
+
+
+def initialise(config: Any, learning_rate_fn: Any, mesh: Mesh) -> TrainState:
+    """Creates the initial state replicated over the mesh, each device computing its own copy.
+
+    (A copy put on the devices could share the first one's buffer, which the step's donation frees.)
+    """
+    create = jax.jit(
+        lambda key: create_train_state(key, config, learning_rate_fn), out_shardings=replicated(mesh)
+    )
+    return create(init_key(config))
+
+
+@functools.cache
+def _zero_sums_on(mesh: Mesh) -> Callable[[], dict[str, jax.Array]]:
+    return jax.jit(zero_sums, out_shardings=replicated(mesh))
+
+
+def take_sums(state: TrainState, mesh: Mesh) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the state with its running sums at zero, and the sums; waits for nothing."""
+    return state.replace(sums=_zero_sums_on(mesh)()), state.sums
+
+
+def saved_parts(state: TrainState) -> dict[str, Any]:
+    """Returns the arrays of a state: what a checkpoint holds."""
+    names = [f.name for f in dataclasses.fields(state) if f.metadata.get('pytree_node', True)]
+    return {name: getattr(state, name) for name in names}
