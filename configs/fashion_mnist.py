@@ -1,5 +1,6 @@
 from parallel_train.config import default_config
 
+
 def get_config():
     config = default_config()
     config.batch_size = 256

@@ -16,9 +16,7 @@ def example_keys(key: jax.Array, epoch: jax.Array, examples: jax.Array) -> jax.A
     return jax.vmap(lambda example: jax.random.fold_in(epoch_key, example))(examples)
 
 
-def random_crop_and_flip(
-    images: jax.Array, keys: jax.Array, padding: int, flip: bool
-) -> jax.Array:
+def random_crop_and_flip(images: jax.Array, keys: jax.Array, padding: int, flip: bool) -> jax.Array:
     """Crops each image out of itself padded with zeros, and mirrors it with probability 1/2.
 
     Args:

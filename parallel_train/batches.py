@@ -99,9 +99,7 @@ class ResidentFeed:
         epoch = step // self._plan.steps_per_epoch
         if epoch != self._epoch:
             plan = self._plan
-            rows = order.epoch_batches(
-                self._config.seed, epoch, plan.num_train_examples, plan.batch_size
-            )
+            rows = order.epoch_batches(self._config.seed, epoch, plan.num_train_examples, plan.batch_size)
             self._data = {**self._data, 'order': put_whole(self._mesh, rows, _SPECS['order'])}
             self._epoch = epoch
         return self._data

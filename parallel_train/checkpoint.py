@@ -26,14 +26,16 @@ def open_checkpoints(workdir: Path, keep: int = 1, read_only: bool = False) -> I
       read_only: nothing is created or cleaned up.
     """
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=preservation_policy.AnyPreservationPolicy([
-            preservation_policy.LatestN(keep),
-            preservation_policy.BestN(
-                get_metric_fn=lambda metrics: metrics['accuracy'],
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]),
+        preservation_policy=preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep),
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics['accuracy'],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        ),
         read_only=read_only,
         create=not read_only,
         cleanup_tmp_directories=not read_only,
@@ -69,9 +71,7 @@ class Checkpoints:
           state: the state.
           metrics: of the eval split at this step, if it was evaluated.
         """
-        self._manager.save(
-            step, args=ocp.args.StandardSave(saved_parts(state)), metrics=metrics, force=True
-        )
+        self._manager.save(step, args=ocp.args.StandardSave(saved_parts(state)), metrics=metrics, force=True)
 
     def restore(self, template: TrainState, sharding: Any, step: int | None = None) -> TrainState:
         """Returns a state from a checkpoint, every array laid out as `sharding` says.

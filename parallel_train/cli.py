@@ -50,6 +50,12 @@ def main(argv: Sequence[str]) -> int:
         return FAULT
 
 
+def console() -> int:
+    """The entry point `parallel-train`: like `python -m`, modules in this folder can be imported."""
+    sys.path.insert(0, '')
+    return main(sys.argv)
+
+
 def _run(argv: list[str]) -> int:
     words = [arg for arg in argv[1:] if not arg.startswith('-')]
     wants_help = any(arg in ('--help', '-h', '--helpfull', 'help') for arg in argv[1:])

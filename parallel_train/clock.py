@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 
 
-
 class Clock:
     """Adds up wall seconds under a few names; what no name claims is 'step', the loop itself."""
 

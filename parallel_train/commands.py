@@ -94,9 +94,7 @@ def train(config: Any, values: Any) -> None:
     workdir = _workdir(values)
     from parallel_train.train import train_and_evaluate
 
-    train_and_evaluate(
-        config, workdir, values.data_dir, values.devices, values.allow_plan_change
-    )
+    train_and_evaluate(config, workdir, values.data_dir, values.devices, values.allow_plan_change)
 
 
 def evaluate(config: Any, values: Any) -> None:
@@ -124,7 +122,11 @@ def evaluate(config: Any, values: Any) -> None:
     count = choose_devices(trained, sizes, values.devices, workdir, lambda _: None, measure=False)
     mesh = make_mesh(count)
     state = load_state(trained, workdir, replicated(mesh), values.step)
-    result = {'split': 'eval', 'step': int(state.step), **Evaluator(split, trained, mesh, state)(state)}
+    result = {
+        'split': 'eval',
+        'step': int(state.step),
+        **Evaluator(split, trained, mesh, state)(state),
+    }
     if values.json:
         print(json.dumps(result))
     else:

@@ -16,13 +16,13 @@ import numbers
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import config_dict
 
 from parallel_train.errors import UserError
 
-Config = config_dict.ConfigDict
+Config: TypeAlias = config_dict.ConfigDict
 
 BUILT_IN_MODELS = {
     'cnn': 'parallel_train.models.cnn:CNN',
@@ -82,7 +82,7 @@ def _integer(minimum: int, maximum: float = math.inf) -> Callable[[Any], str | N
 
 def _number(minimum: float, exclusive: bool = False, below: float = math.inf) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
-        if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             if (value > minimum or (value == minimum and not exclusive)) and value < below:
                 return None
         upper = '' if below == math.inf else f' and less than {below:g}'

@@ -86,9 +86,7 @@ def load_split(name: str, split: str, data_dir: Path) -> Split:
     # Joining copies; a single range stays a view of the file.
     joined = (images[0], labels[0]) if len(ranges) == 1 else map(np.concatenate, (images, labels))
     all_images, all_labels = joined
-    num_classes = prepared.features.num_classes or 1 + max(
-        int(whole[named][1].max()) for named in whole
-    )
+    num_classes = prepared.features.num_classes or 1 + max(int(whole[named][1].max()) for named in whole)
     _check_labels(name, split, all_labels, num_classes)
     names = prepared.class_names or tuple(map(str, range(num_classes)))
     return Split(all_images, all_labels, names)
@@ -130,8 +128,7 @@ def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
     if missing:
         raise UserError(
             f'dataset={config.dataset!r} is not prepared in data_dir={data_dir} and TFDS has no '
-            'record of its sizes: run `prepare`, or set '
-            + ', '.join(f'config.{field}' for field in missing)
+            'record of its sizes: run `prepare`, or set ' + ', '.join(f'config.{field}' for field in missing)
         )
     from_config = [f'config.{field}' for field in _SIZE_FIELDS if field not in known]
     sources = ([source] if known else []) + from_config
@@ -170,16 +167,14 @@ def tfds_builder(name: str, data_dir: Path) -> tuple[Any, Features]:
 
     try:
         builder = tfds.builder(name, data_dir=data_dir)
-    except Exception as error:  # noqa: BLE001  of many kinds; each means an unfit name
+    except Exception as error:  # of many kinds, each of which means that the name does not fit
         reason = ' '.join(str(error).split())[:300]
         raise UserError(f'dataset={name!r} is not accepted by TFDS: {reason}') from error
     content = builder.info.features.to_json()['content']
     return builder, parse_features(name, content.get('features', {}))
 
 
-def _sizes_of_prepared(
-    config: Any, data_dir: Path, prepared: Prepared
-) -> tuple[dict[str, Any], str]:
+def _sizes_of_prepared(config: Any, data_dir: Path, prepared: Prepared) -> tuple[dict[str, Any], str]:
     train = prepared.ranges(config.train_split)
     num_classes = prepared.features.num_classes
     if num_classes is None:  # plain integers: the labels themselves tell
@@ -270,8 +265,7 @@ def _call(name: str, split: str, data_dir: Path | None) -> Split:
         )
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
-            f'dataset={name!r}: labels are {labels.dtype} {list(labels.shape)}; they must be '
-            'integers [n]'
+            f'dataset={name!r}: labels are {labels.dtype} {list(labels.shape)}; they must be integers [n]'
         )
     if len(images) != len(labels):
         raise UserError(f'dataset={name!r}: {len(images)} images but {len(labels)} labels')
@@ -288,8 +282,7 @@ def _check_labels(name: str, split: str, labels: np.ndarray, num_classes: int) -
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise UserError(
-            f'dataset={name!r}: split {split!r} has labels {low}..{high}, outside '
-            f'0..{num_classes - 1}'
+            f'dataset={name!r}: split {split!r} has labels {low}..{high}, outside 0..{num_classes - 1}'
         )
 
 

@@ -41,10 +41,7 @@ class Evaluator:
             for i in range(len(self._indices))
         ]
         # Added in float64: the split may be larger than float32 can count.
-        total = {
-            name: float(np.sum([np.float64(s[name]) for s in jax.device_get(sums)]))
-            for name in sums[0]
-        }
+        total = {name: float(np.sum([np.float64(s[name]) for s in jax.device_get(sums)])) for name in sums[0]}
         num_examples = round(total['examples'])
         assert num_examples == len(self._split.images), (num_examples, len(self._split.images))
         return {

@@ -97,7 +97,8 @@ def _samples(config: Any, state: TrainState, split: Split) -> Samples:
     variables = jax.device_put(jax.device_get(variables), one)
 
     def probabilities_of(variables: Any, images: jax.Array) -> jax.Array:
-        return jax.nn.softmax(model.apply(variables, augment.normalise(images)))
+        logits: Any = model.apply(variables, augment.normalise(images))
+        return jax.nn.softmax(logits)
 
     probabilities = np.asarray(jax.jit(probabilities_of)(variables, images))
     predictions = probabilities.argmax(-1)

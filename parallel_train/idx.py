@@ -91,9 +91,7 @@ def find_files(folder: Path) -> dict[tuple[str, str], Path] | None:
     if not found:
         return None
     if missing:
-        raise UserError(
-            f'{folder} holds only some of the four IDX files; missing: {", ".join(missing)}'
-        )
+        raise UserError(f'{folder} holds only some of the four IDX files; missing: {", ".join(missing)}')
     return found
 
 
@@ -113,8 +111,7 @@ def parse(content: bytes, kind: str, path: Path) -> np.ndarray:
         what = f'holds {other}' if other else 'is not an IDX file of bytes'
         hint = '; are images and labels swapped?' if other else ''
         raise UserError(
-            f'{path} {what} (magic number {magic}), where {kind} ({_magic(kind)}) are expected'
-            + hint
+            f'{path} {what} (magic number {magic}), where {kind} ({_magic(kind)}) are expected' + hint
         )
     if len(content) < header:
         raise UserError(f'{path} is truncated within its header: copy or download it again')
@@ -131,9 +128,7 @@ def parse(content: bytes, kind: str, path: Path) -> np.ndarray:
     array = np.frombuffer(content, np.uint8, offset=header).reshape(shape)
     if kind == 'labels' and array.max() >= NUM_CLASSES:
         at = int(np.argmax(array >= NUM_CLASSES))
-        raise UserError(
-            f'{path}: label {array[at]} of example {at} is outside 0..{NUM_CLASSES - 1}'
-        )
+        raise UserError(f'{path}: label {array[at]} of example {at} is outside 0..{NUM_CLASSES - 1}')
     return array
 
 

@@ -14,9 +14,7 @@ from parallel_train.checkpoint import open_checkpoints
 from parallel_train.state import TrainState, abstract_state, create_model
 
 
-def load_model(
-    workdir: str | os.PathLike[str], step: int | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(workdir: str | os.PathLike[str], step: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Loads the model of a run for use elsewhere: `logits = model.apply(variables, images)`.
 
     Args:

@@ -14,16 +14,12 @@ import jax.numpy as jnp
 import optax
 
 
-def softmax_cross_entropy(
-    logits: jax.Array, batch: dict[str, Any]
-) -> tuple[jax.Array, jax.Array]:
+def softmax_cross_entropy(logits: jax.Array, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of softmax(logits) against integer labels, every example with weight 1.
 
     Args:
       logits: [batch, num_classes]; computed on in float32.
       batch: 'label' is int [batch].
     """
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), batch['label']
-    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch['label'])
     return losses, jnp.ones_like(losses)

@@ -29,9 +29,7 @@ def epoch_batches(seed: int, epoch: int, num_examples: int, batch_size: int) -> 
     return order[: steps * batch_size].reshape(steps, batch_size)
 
 
-def eval_batches(
-    num_examples: int, batch_size: int, multiple_of: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
+def eval_batches(num_examples: int, batch_size: int, multiple_of: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Returns batches that hold every example exactly once, padded to a multiple of the devices.
 
     Returns:

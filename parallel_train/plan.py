@@ -140,9 +140,7 @@ def make_plan(
         eval_steps=-(-num_eval_examples // min(config.eval_batch_size, num_eval_examples)),
         log_every_steps=config.log_every_steps,
         eval_every_steps=_every_steps(config.eval_every_epochs, steps_per_epoch, num_steps),
-        checkpoint_every_steps=_every_steps(
-            config.checkpoint_every_epochs, steps_per_epoch, num_steps
-        ),
+        checkpoint_every_steps=_every_steps(config.checkpoint_every_epochs, steps_per_epoch, num_steps),
         warnings=_warnings(config, pieces, steps_per_epoch, num_steps),
         pieces=pieces,
     )
@@ -173,7 +171,10 @@ def _check_fit(
             raise UserError(f'{name}={value!r}: must be a whole number of at least 1')
     if devices % processes:
         raise UserError(f'num_processes={processes}: must divide the number of devices, {devices}')
-    for split, size in ((config.train_split, num_train_examples), (config.eval_split, num_eval_examples)):
+    for split, size in (
+        (config.train_split, num_train_examples),
+        (config.eval_split, num_eval_examples),
+    ):
         if size < 1:
             raise UserError(f'config.dataset={config.dataset!r}: split {split!r} holds no examples')
     batch_size, accumulation, shards = config.batch_size, config.accumulation_steps, config.shards
@@ -201,9 +202,7 @@ def _check_fit(
         )
 
 
-def _warnings(
-    config: Any, pieces: Iterable[Piece], steps_per_epoch: int, num_steps: int
-) -> list[str]:
+def _warnings(config: Any, pieces: Iterable[Piece], steps_per_epoch: int, num_steps: int) -> list[str]:
     warnings = []
     last = list(pieces)[-1]
     final = rate_at(tuple(pieces), num_steps - 1)

@@ -202,9 +202,7 @@ def samples_figure(samples: Samples) -> Figure:
 def to_png(figure: Figure) -> bytes:
     """A PNG of the figure on white, 200 pixels to the inch."""
     out = io.BytesIO()
-    figure.savefig(
-        out, format='png', dpi=200, facecolor='white', bbox_inches='tight', pad_inches=0.14
-    )
+    figure.savefig(out, format='png', dpi=200, facecolor='white', bbox_inches='tight', pad_inches=0.14)
     return out.getvalue()
 
 
@@ -274,9 +272,7 @@ def _line(
         bins = np.array_split(np.where(np.isfinite(y), y, np.nan), MAX_POINTS)
         kept = [part[np.isfinite(part)] for part in bins]
         x = np.array([part.mean() for part in np.array_split(x, MAX_POINTS)])
-        low, y, high = np.array(
-            [(p.min(), p.mean(), p.max()) if len(p) else (np.nan,) * 3 for p in kept]
-        ).T
+        low, y, high = np.array([(p.min(), p.mean(), p.max()) if len(p) else (np.nan,) * 3 for p in kept]).T
         axes.fill_between(x, low, high, color=LIGHT[role], alpha=0.18, linewidth=0)
     else:
         y = np.where(np.isfinite(y), y, np.nan)
@@ -318,9 +314,7 @@ def _focus(axes: Axes, key: str, train: np.ndarray, evaluated: np.ndarray) -> No
         _note(axes, None, side[1], outside, 'right', side[0])
 
 
-def _mark_broken(
-    axes: Axes, drawn: Mapping[str, tuple[np.ndarray, np.ndarray]], per_epoch: int
-) -> None:
+def _mark_broken(axes: Axes, drawn: Mapping[str, tuple[np.ndarray, np.ndarray]], per_epoch: int) -> None:
     """Crosses along the bottom where a value is not finite, and in words where that begins."""
     steps = np.concatenate([s[~np.isfinite(values)] for s, values in drawn.values()])
     if not len(steps):

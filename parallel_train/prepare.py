@@ -31,9 +31,7 @@ DEBIAN_PACKAGE = 'dataset-fashion-mnist'
 _PROBE_TIMEOUT = 10  # seconds
 
 
-def prepare(
-    name: str, data_dir: Path, source: Path | None = None, say: Callable[[str], None] = print
-) -> str:
+def prepare(name: str, data_dir: Path, source: Path | None = None, say: Callable[[str], None] = print) -> str:
     """Puts a dataset into `data_dir`, unless it is there; says, and returns, where it came from.
 
     The set appears in one rename of a finished folder: a process killed before leaves only a hidden
@@ -204,7 +202,7 @@ def _download_tfds(
         say(f'{name}: downloading with TFDS')
         builder.download_and_prepare(download_dir=downloads, file_format='array_record')
         return
-    except Exception as error:  # noqa: BLE001  TFDS and what it calls raise all kinds
+    except Exception as error:
         reason = ' '.join(str(error).split())[:300]
         tried.append(f"TFDS's own download: {type(error).__name__}: {reason}")
     for path, _, _ in os.walk(downloads, topdown=False):
@@ -248,8 +246,6 @@ def _publish(name: str, part: Path, data_dir: Path) -> Path:
         found.path.rename(final)
     except OSError as error:
         if find_prepared(name, data_dir) is None:
-            raise UserError(
-                f'{final} is in the way and is not a finished dataset: remove it'
-            ) from error
+            raise UserError(f'{final} is in the way and is not a finished dataset: remove it') from error
     sync(final.parent)
     return final

@@ -25,9 +25,7 @@ from parallel_train.errors import UserError
 
 # The forms that TFDS reads by index.
 READABLE_FORMATS = ('array_record', 'parquet')
-_NAME = re.compile(
-    r'(?P<name>\w+)(/(?P<config>[\w+\-.]+))?(:(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?$'
-)
+_NAME = re.compile(r'(?P<name>\w+)(/(?P<config>[\w+\-.]+))?(:(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?$')
 _VERSION = re.compile(r'\d+\.\d+\.\d+$')
 _SIMPLE_SPLIT = re.compile(
     r'(?P<name>[\w-]+)(\[((?P<start>-?\d+)(?P<u1>%?))?:((?P<stop>-?\d+)(?P<u2>%?))?\])?$'
@@ -244,9 +242,7 @@ def _simple_range(split: str, match: re.Match[str], count: int) -> tuple[str, in
     return match['name'], boundary(match['start'], 0), boundary(match['stop'], count)
 
 
-def _tfds_ranges(
-    split: str, shard_lengths: Mapping[str, tuple[int, ...]]
-) -> list[tuple[str, int, int]]:
+def _tfds_ranges(split: str, shard_lengths: Mapping[str, tuple[int, ...]]) -> list[tuple[str, int, int]]:
     import tensorflow_datasets as tfds
 
     infos = {

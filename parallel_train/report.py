@@ -178,16 +178,13 @@ def _header(summary: Summary, config: Mapping[str, Any], plan: Mapping[str, Any]
 
 def _tiles(results: Mapping[str, str]) -> str:
     tiles = ''.join(
-        f'<div><dd>{_text(value)}</dd><dt>{_text(label)}</dt></div>'
-        for label, value in results.items()
+        f'<div><dd>{_text(value)}</dd><dt>{_text(label)}</dt></div>' for label, value in results.items()
     )
     return f'<dl class="tiles">{tiles}</dl>' if tiles else ''
 
 
 def _warnings(warnings: Sequence[str], rows: Sequence[Row]) -> str:
-    broken = [
-        row for row in rows if not all(map(_finite, (row.get('loss'), row.get('grad_norm', 0))))
-    ]
+    broken = [row for row in rows if not all(map(_finite, (row.get('loss'), row.get('grad_norm', 0))))]
     if broken:
         first = f'{broken[0]["split"]} row at step {broken[0]["step"]:,}'
         text = f'Loss or gradient norm is not finite in {len(broken):,} rows, first in the {first}.'
@@ -259,8 +256,7 @@ def _time_spent(seconds: Mapping[str, float], rows: Sequence[Row]) -> str:
 
 def _pairs_table(values: Mapping[str, Any]) -> str:
     lines = ''.join(
-        f'<div><dt>{_text(key)}</dt><dd>{_text(_number(value))}</dd></div>'
-        for key, value in values.items()
+        f'<div><dt>{_text(key)}</dt><dd>{_text(_number(value))}</dd></div>' for key, value in values.items()
     )
     return f'<dl class="pairs">{lines}</dl>' if lines else ''
 
@@ -291,9 +287,7 @@ def _data_url(image: np.ndarray) -> str:
     """A uint8 image [h, w, c] as a data: URL: PNG as it is, or a JPEG of at most 144 pixels."""
     from PIL import Image
 
-    picture = Image.fromarray(
-        np.ascontiguousarray(image if image.shape[-1] == 3 else image[..., 0])
-    )
+    picture = Image.fromarray(np.ascontiguousarray(image if image.shape[-1] == 3 else image[..., 0]))
     out, kind = io.BytesIO(), 'png' if max(picture.size) <= 64 else 'jpeg'
     picture.thumbnail((144, 144))
     picture.save(out, format=kind)

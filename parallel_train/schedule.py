@@ -51,9 +51,7 @@ def epochs_to_steps(epochs: float, steps_per_epoch: int) -> float:
     return whole if abs(steps - whole) <= 1e-9 * max(1.0, abs(steps)) else steps
 
 
-def schedule_pieces(
-    config: Any, base_learning_rate: float, steps_per_epoch: int
-) -> tuple[Piece, ...]:
+def schedule_pieces(config: Any, base_learning_rate: float, steps_per_epoch: int) -> tuple[Piece, ...]:
     """Returns the pieces of the config's schedule, in order, without those of no length.
 
     Args:
@@ -86,9 +84,7 @@ def rate_at(pieces: Sequence[Piece], step: float) -> float:
     return piece.rate(step)
 
 
-def create_learning_rate_fn(
-    config: Any, base_learning_rate: float, steps_per_epoch: int
-) -> optax.Schedule:
+def create_learning_rate_fn(config: Any, base_learning_rate: float, steps_per_epoch: int) -> optax.Schedule:
     """Creates the learning-rate schedule, as the function of this name in Flax's guide does.
 
     Linear warmup from 0 over `warmup_epochs * steps_per_epoch` updates, then a cosine to 0 over

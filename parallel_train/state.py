@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax.errors import FlaxError
 from flax.training import train_state
 from jax.sharding import Mesh
 
@@ -109,7 +110,7 @@ def create_train_state(rng: jax.Array, config: Any, learning_rate_fn: Any) -> Tr
     shape = tuple(config.input_shape) or GUIDE_INPUT_SHAPE
     try:
         variables = model.init(rng, jnp.ones((1, *shape), jnp.float32))
-    except (TypeError, ValueError, nn.errors.FlaxError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, FlaxError, ZeroDivisionError) as error:
         raise UserError(
             f'config.model={config.model!r}: does not take images of shape {shape}: {error}'
         ) from error
@@ -127,9 +128,7 @@ def create_train_state(rng: jax.Array, config: Any, learning_rate_fn: Any) -> Tr
 
 def abstract_state(config: Any, learning_rate_fn: Any) -> TrainState:
     """Returns the state's shapes and dtypes; nothing is computed or allocated."""
-    return jax.eval_shape(
-        lambda: create_train_state(init_key(config), config, learning_rate_fn)
-    )
+    return jax.eval_shape(lambda: create_train_state(init_key(config), config, learning_rate_fn))
 
 
 def check_model(config: Any, template: TrainState) -> None:
@@ -166,7 +165,8 @@ def initialise(config: Any, learning_rate_fn: Any, mesh: Mesh) -> TrainState:
     (A copy put on the devices could share the first one's buffer, which the step's donation frees.)
     """
     create = jax.jit(
-        lambda key: create_train_state(key, config, learning_rate_fn), out_shardings=replicated(mesh)
+        lambda key: create_train_state(key, config, learning_rate_fn),
+        out_shardings=replicated(mesh),
     )
     return create(init_key(config))
 

@@ -59,9 +59,7 @@ class _Forward:
 
 
 def _forward(config: Any, apply_fn: Callable[..., Any]) -> _Forward:
-    loss = config_lib.import_object(
-        'loss', config_lib.BUILT_IN_LOSSES.get(config.loss, config.loss)
-    )
+    loss = config_lib.import_object('loss', config_lib.BUILT_IN_LOSSES.get(config.loss, config.loss))
     return _Forward(apply_fn, loss, takes_train(create_model(config)))
 
 
@@ -94,9 +92,7 @@ def make_train_step(
         )[0]
 
     def train_step(state: TrainState, data: Batch) -> TrainState:
-        mapped = jax.shard_map(
-            steps, mesh=mesh, in_specs=(P(), batches.specs(data)), out_specs=P()
-        )
+        mapped = jax.shard_map(steps, mesh=mesh, in_specs=(P(), batches.specs(data)), out_specs=P())
         return mapped(state, data)
 
     return jax.jit(train_step, donate_argnums=0)
@@ -108,8 +104,9 @@ def _one_step(
     """One update, as one device computes it."""
     key = jax.random.wrap_key_data(state.key, impl=KEY_IMPL)
     dropout_key, augment_key = jax.random.split(key)
-    batch = batches.local_batch(data, state.step % plan.steps_per_epoch)
-    batch = _prepare(batch, config, augment_key, state.step // plan.steps_per_epoch)
+    epoch, row = jnp.divmod(state.step, plan.steps_per_epoch)
+    batch = batches.local_batch(data, row)
+    batch = _prepare(batch, config, augment_key, epoch)
 
     local_shards = plan.shards // plan.num_devices
     first = reduce.device_index() * local_shards
@@ -124,9 +121,7 @@ def _one_step(
         def shard_loss(shard: Batch, shard_key: jax.Array) -> Any:
             return forward(params, state.batch_stats, shard, True, shard_key)
 
-        loss, sums, batch_stats = jax.tree.map(
-            lambda x: jnp.sum(x, axis=0), jax.vmap(shard_loss)(*turn)
-        )
+        loss, sums, batch_stats = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(shard_loss)(*turn))
         return loss, {**sums, 'batch_stats': batch_stats}
 
     local_params = reduce.to_local(state.params)
@@ -181,9 +176,7 @@ def _prepare(batch: Batch, config: Any, key: jax.Array, epoch: jax.Array) -> Bat
     images = batch['image']
     if config.random_crop_padding or config.random_flip:
         keys = augment.example_keys(key, epoch, batch['index'])
-        images = augment.random_crop_and_flip(
-            images, keys, config.random_crop_padding, config.random_flip
-        )
+        images = augment.random_crop_and_flip(images, keys, config.random_crop_padding, config.random_flip)
     return {'image': augment.normalise(images), 'label': batch['label']}
 
 

@@ -31,6 +31,7 @@ from parallel_train.show_plan import plan_table
 from parallel_train.state import TrainState, abstract_state, check_model, initialise
 from parallel_train.step import make_train_step
 
+
 @dataclasses.dataclass
 class Run:
     """What the loop works with; `step` is the number of updates that the host has dispatched."""
@@ -80,9 +81,7 @@ def train_and_evaluate(
     plan = make_plan(config, sizes.num_train_examples, sizes.num_eval_examples, num_devices)
     mesh = mesh_lib.make_mesh(plan.num_devices)
     workdir_lib.check(workdir, config, plan, allow_plan_change)
-    learning_rate_fn = create_learning_rate_fn(
-        config, plan.peak_learning_rate, plan.steps_per_epoch
-    )
+    learning_rate_fn = create_learning_rate_fn(config, plan.peak_learning_rate, plan.steps_per_epoch)
     template = abstract_state(config, learning_rate_fn)
     check_model(config, template)
     train_split = dataset.load_split(config.dataset, config.train_split, data_dir)

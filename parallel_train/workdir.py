@@ -102,9 +102,7 @@ def check(workdir: Path, config: Any, plan: Plan, allow_plan_change: bool) -> No
         )
 
 
-def _differences(
-    old_config: dict[str, Any], old_plan: dict[str, Any], config: Any, plan: Plan
-) -> list[str]:
+def _differences(old_config: dict[str, Any], old_plan: dict[str, Any], config: Any, plan: Plan) -> list[str]:
     new_config = json.loads(config_lib.to_json(config))
     lines = [
         f'config.{key} was {old_config[key]!r} and is {value!r}'

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,17 +97,33 @@ def test_loads_what_was_stored(data_dir: Path) -> None:
         assert loaded.class_names == tuple('0123456789') and loaded.num_classes == 10
 
 
-def test_order_is_that_of_tfds_also_with_several_processes(tmp_path: Path) -> None:
+def test_order_is_that_of_tfds_after_a_killed_try_and_with_several_processes(
+    tmp_path: Path,
+) -> None:
     import tensorflow_datasets as tfds
 
     source = write_set(tmp_path / 'idx', train=10_500, test=10)
     prepare('mnist', tmp_path / 'data', source, say=lambda line: None)
+    decoded = tmp_path / 'data/mnist/3.0.1/decoded'
+    code = (
+        'from pathlib import Path; from parallel_train.dataset import load_split\n'
+        f'load_split("mnist", "train", Path({str(tmp_path / "data")!r}))'
+    )
+    process = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
+    deadline = time.monotonic() + 20
+    while not list(decoded.glob('.train-*.part/labels.npy')):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not list(decoded.glob('train-*'))
     loaded = load_split('mnist', 'train', tmp_path / 'data')
     reader = tfds.data_source('mnist', split='train', data_dir=tmp_path / 'data')
     for index in (0, 1, 5249, 5250, 5251, 10_499):
         np.testing.assert_array_equal(loaded.images[index], reader[index]['image'])
         assert loaded.labels[index] == reader[index]['label']
     assert pairs(loaded.images, loaded.labels) == pairs(*pattern(10_500))
+    assert len(list(decoded.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -274,9 +291,7 @@ def test_own_tfds_sets(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="'label' is not one integer"):
         examples = [{'image': small, 'label': 1.5}]
-        path = store(
-            tmp_path / '5', examples, {'image': image, 'label': tfds.features.Scalar(np.float32)}
-        )
+        path = store(tmp_path / '5', examples, {'image': image, 'label': tfds.features.Scalar(np.float32)})
         load_split('own', 'train', path)
 
 
@@ -338,9 +353,7 @@ def test_own_function(own_module: None, tmp_path: Path) -> None:
         ('par', "has no function 'par'; nearest: pair"),
     ],
 )
-def test_own_function_that_is_wrong(
-    own_module: None, tmp_path: Path, function: str, message: str
-) -> None:
+def test_own_function_that_is_wrong(own_module: None, tmp_path: Path, function: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_split(f'own_dataset:{function}', 'train', tmp_path)
 

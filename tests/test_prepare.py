@@ -149,9 +149,7 @@ def test_import_path_needs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(SYSTEM_FOLDER.is_dir(), reason=f'{SYSTEM_FOLDER} would be taken')
-def test_no_source_lists_them_all(
-    tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_source_lists_them_all(tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('PATH', str(tmp_path))  # neither apt-get nor dpkg-deb
     with pytest.raises(UserError) as caught:
         prepare('fashion_mnist', tmp_path / 'data', say=quiet)
@@ -214,9 +212,7 @@ def test_set_that_tfds_makes_itself_with_configs(tmp_path: Path) -> None:
                 'image': tfds.features.Image(shape=(4, 4, 3)),
                 'label': tfds.features.ClassLabel(names=['left', 'right']),
             }
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features)
-            )
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, manager: Any) -> dict[str, Any]:
             return {'train': self._generate_examples(6), 'test': self._generate_examples(2)}
@@ -238,9 +234,7 @@ def test_set_that_tfds_makes_itself_with_configs(tmp_path: Path) -> None:
         split = load_split(name, 'train', data_dir)
         assert split.class_names == ('left', 'right')
         assert (split.images[..., 0] == level).all() and len(split.images) == 6
-    assert sorted(path.name for path in data_dir.iterdir() if path.name != 'downloads') == [
-        'own_shapes'
-    ]
+    assert sorted(path.name for path in data_dir.iterdir() if path.name != 'downloads') == ['own_shapes']
     with pytest.raises(UserError, match=r'not accepted by TFDS: .*BuilderConfig dim not found'):
         prepare('own_shapes/dim', data_dir, say=quiet)
 

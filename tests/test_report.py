@@ -259,9 +259,7 @@ def test_not_finite(tmp_path: Path) -> None:
 
 def test_many_rows_stay_small(tmp_path: Path) -> None:
     rows = [train_row(step) for step in range(1, 100_001)]
-    page = report(
-        tmp_path, rows, num_steps=100_000, samples=make_samples(200, size=300, channels=3)
-    )
+    page = report(tmp_path, rows, num_steps=100_000, samples=make_samples(200, size=300, channels=3))
     assert len(page) < 2_000_000
     assert f'of these {page.count("<img")} are right' in page_text(page)
 

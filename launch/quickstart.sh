@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained Fashion-MNIST model, on every device of this machine.
+# Usage: ./launch/quickstart.sh [flags of `train`, such as --config.num_epochs=2 --devices=4]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/setup.sh
+setup_environment "${EXTRAS:-}"
+
+config=configs/fashion_mnist.py
+# Other flags make another run, in a folder of its own; the same flags continue the one they began.
+workdir=runs/fashion_mnist
+if (($#)); then
+  workdir+=-$(printf '%s\n' "$@" | cksum | cut -d' ' -f1)
+fi
+data_dir=()
+for flag in "$@"; do
+  case $flag in
+    --config=*) config=${flag#*=} ;;
+    --data_dir=*) data_dir=("$flag") ;;
+  esac
+done
+"$python" -m parallel_train prepare --config="$config" "${data_dir[@]}"
+# Of a flag given twice the last counts, so the user's --workdir and --config win.
+flags=(--workdir="$workdir")
+for flag in "$@"; do
+  [[ $flag == --config=* ]] || flags+=("$flag")
+done
+exec "$python" -m parallel_train train --config="$config" "${flags[@]}"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# From a fresh clone to a green test suite. Usage: ./launch/test.sh [pytest arguments]
+# Tests marked slow run too with: ./launch/test.sh -m 'slow or not slow'
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/setup.sh
+setup_environment test
+exec "$python" -m pytest "$@"
