@@ -76,7 +76,7 @@ def _run(argv: list[str]) -> int:
         raise UserError('config: is missing; name a recipe, such as --config=configs/fashion_mnist.py')
     if values.devices is not None and values.devices < 1:
         raise UserError(f'devices={values.devices}: must be at least 1')
-    _quiet_libraries()
+    _set_up_logging(show_ours=not getattr(values, 'json', False))
     command.run(config, values)
     return OK
 
@@ -138,9 +138,16 @@ def _usage() -> str:
     )
 
 
-def _quiet_libraries() -> None:
-    """Keeps libraries' informational lines out of what the user reads."""
-    from absl import logging
+def _set_up_logging(show_ours: bool) -> None:
+    """Shows this package's own lines; keeps libraries' informational ones out of what the user reads."""
+    import logging
 
-    logging.set_verbosity(logging.ERROR)
-    logging.set_stderrthreshold(logging.ERROR)
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_stderrthreshold(absl_logging.ERROR)
+    ours = logging.getLogger('parallel_train')
+    ours.propagate = False
+    if show_ours:
+        ours.addHandler(logging.StreamHandler(sys.stdout))
+        ours.setLevel(logging.INFO)

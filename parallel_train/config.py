@@ -82,9 +82,14 @@ def _integer(minimum: int, maximum: float = math.inf) -> Callable[[Any], str | N
 
 def _number(minimum: float, exclusive: bool = False, below: float = math.inf) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            if (value > minimum or (value == minimum and not exclusive)) and value < below:
-                return None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (
+            is_number
+            and math.isfinite(value)
+            and minimum <= value < below
+            and (value > minimum or not exclusive)
+        ):
+            return None
         upper = '' if below == math.inf else f' and less than {below:g}'
         return f'must be a finite number {"greater than" if exclusive else "of at least"} {minimum:g}{upper}'
 
@@ -100,9 +105,9 @@ def _text(value: Any) -> str | None:
 
 
 def _shape(value: Any) -> str | None:
-    if isinstance(value, (tuple, list)) and len(value) in (0, 3):
-        if all(isinstance(side, int) and side > 0 for side in value):
-            return None
+    fits = isinstance(value, tuple | list) and len(value) in (0, 3)
+    if fits and all(isinstance(side, int) and side > 0 for side in value):
+        return None
     return 'must be (height, width, channels) in positive whole numbers, or () for not given'
 
 

@@ -7,17 +7,16 @@ of a prepared set are decoded once, into memory-mapped files in its folder `deco
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
+import functools
 import os
 import re
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from parallel_train.config import import_object, nearest
 from parallel_train.decode import image_shape, load_decoded
 from parallel_train.errors import UserError
 from parallel_train.prepared import Features, Prepared, find_prepared, parse_features, parse_name
@@ -101,7 +100,8 @@ def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
         `num_classes`, where 0 and () stand for "not given".
       data_dir: where prepared sets lie; None: nowhere.
 
-    Raises UserError if a given field contradicts the data or the split, or if a size stays unknown.
+    Raises UserError if a given shape or number of classes contradicts the data, a given count the
+    split as sliced, or if a size stays unknown.
     """
     given = {field: getattr(config, field) for field in _SIZE_FIELDS if getattr(config, field)}
     if 'input_shape' in given:
@@ -121,9 +121,9 @@ def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
                 length = int(match[2]) - int(match[1] or 0)
                 _compare(field, given[field], length, f'the split {split!r}')
         known, source = _sizes_of_tfds(config.dataset, must_know=len(given) < len(_SIZE_FIELDS))
-    for field, value in known.items():
-        if field in given:
-            _compare(field, given[field], value, source)
+    for field in ('input_shape', 'num_classes'):  # counts are fallbacks: the data knows better
+        if field in known and field in given:
+            _compare(field, given[field], known[field], source)
     missing = [field for field in _SIZE_FIELDS if field not in known and field not in given]
     if missing:
         raise UserError(
@@ -156,9 +156,8 @@ def check_known(name: str) -> None:
 
     known = tfds.list_builders(with_community_datasets=False)
     if base not in known:
-        near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
-        hint = f'nearest: {", ".join(near)}' if near else 'see tensorflow.org/datasets/catalog'
-        raise UserError(f'dataset={name!r} is unknown to TFDS; {hint}')
+        hint = nearest(base, known) or ' (see tensorflow.org/datasets/catalog)'
+        raise UserError(f'dataset={name!r}: is unknown to TFDS{hint}')
 
 
 def tfds_builder(name: str, data_dir: Path) -> tuple[Any, Features]:
@@ -228,24 +227,12 @@ def _compare(field: str, given: Any, actual: Any, source: str) -> None:
         )
 
 
-def _import_function(name: str) -> Callable[..., Any]:
-    module_name, function_name = name.split(':')
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f'{module_name}.'.startswith(f'{error.name}.'):
-            raise  # the module is there and imports something that is not: its author's fault
-        raise UserError(f'dataset={name!r}: there is no module {error.name!r}') from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        near = difflib.get_close_matches(function_name, dir(module), n=1)
-        hint = f'; nearest: {near[0]}' if near else ''
-        raise UserError(f'dataset={name!r}: {module_name} has no function {function_name!r}{hint}')
-    return function
-
-
+@functools.lru_cache(maxsize=2)  # its sizes are asked for first, then its examples
 def _call(name: str, split: str, data_dir: Path | None) -> Split:
-    result = _import_function(name)(split, data_dir)
+    function = import_object('dataset', name)
+    if not callable(function):
+        raise UserError(f'config.dataset={name!r}: must name a function')
+    result = function(split, data_dir)
     names: tuple[str, ...] = ()
     if isinstance(result, tuple | list) and len(result) == 2:
         images, labels = result

@@ -67,11 +67,8 @@ def choose_devices(
             raise UserError(f'devices={asked}: must be at least 1')
         start_devices(asked)
         return make_mesh(asked).size
-    fitting = candidates(config)
     last = planned_devices(workdir) if workdir else None
-    if last and config.batch_size % (last * config.accumulation_steps) == 0:
-        if config.shards % (last * config.accumulation_steps) == 0:
-            fitting = [last]
+    fitting = [last] if last and _fits(config, last) else candidates(config)
     count = fitting[0] if len(fitting) == 1 else remembered(config, sizes)
     start_devices(count or max(fitting))
     if jax.default_backend() != 'cpu':
@@ -87,13 +84,13 @@ def candidates(config: Any, cores: int | None = None) -> list[int]:
     From a half to four times the cores; 1 where none of those fits.
     """
     cores = cores or os.cpu_count() or 1
-    fitting = [
-        count
-        for count in (2**k for k in range(11))
-        if config.batch_size % (count * config.accumulation_steps) == 0
-        and config.shards % (count * config.accumulation_steps) == 0
-    ]
+    fitting = [count for count in (2**k for k in range(11)) if _fits(config, count)]
     return [c for c in fitting if cores / 2 <= c <= 4 * cores] or [max(fitting, default=1)]
+
+
+def _fits(config: Any, count: int) -> bool:
+    turns = count * config.accumulation_steps
+    return config.batch_size % turns == 0 and config.shards % turns == 0
 
 
 def remembered(config: Any, sizes: Sizes) -> int | None:

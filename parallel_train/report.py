@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import math
-import os
-import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +15,10 @@ from typing import Any
 import numpy as np
 
 from parallel_train import plots
+from parallel_train.metrics import read_rows
+from parallel_train.page import escape, page_of
 from parallel_train.plots import Row, Samples
+from parallel_train.workdir import write_atomically
 
 EMPTY = '\u2013'  # stands for None and for nothing
 MAX_SAMPLES = 40  # keeps the page small whatever the images are
@@ -63,7 +63,7 @@ def write_report(
     workdir = Path(workdir)
     config = json.loads((workdir / 'config.json').read_text())
     plan = json.loads((workdir / 'plan.json').read_text())
-    rows = read_rows(workdir / 'metrics.jsonl')
+    rows = read_rows(workdir)
     figures = {
         'schedule': plots.schedule_figure(plan, rate),
         'loss': plots.curve_figure(rows, 'loss', 'Loss', plan),
@@ -81,7 +81,7 @@ def write_report(
         figures['samples'] = plots.samples_figure(samples)
     (workdir / 'plots').mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        _write(workdir / 'plots' / f'{name}.png', plots.to_png(figure))
+        write_atomically(workdir / 'plots' / f'{name}.png', plots.to_png(figure))
     sections = [
         _header(summary, config, plan),
         _tiles(summary.results),
@@ -95,33 +95,9 @@ def write_report(
         _section('Environment', _pairs_table(summary.environment)),
         _section('Reproduce', _reproduce(summary.command, config)),
     ]
-    page = _page(summary.title, ''.join(sections))
-    _write(workdir / 'report.html', page.encode())
+    page = page_of(summary.title, ''.join(sections))
+    write_atomically(workdir / 'report.html', page)
     return workdir / 'report.html'
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; [] without it. A last line cut short by a kill is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:
-                raise
-    return rows
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def _text(value: Any) -> str:
-    """Escaped for HTML, without the control characters that no page may hold."""
-    return html.escape(re.sub(r'[\x00-\x08\x0b-\x1f\x7f]', '\ufffd', str(value)))
 
 
 def _number(value: Any) -> str:
@@ -166,11 +142,11 @@ def _header(summary: Summary, config: Mapping[str, Any], plan: Mapping[str, Any]
         *([f'{devices:,} device{"s" if devices > 1 else ""}'] if devices else []),
     ]
     model, dataset = (
-        _text(config.get('model', 'a model')),
-        _text(config.get('dataset', 'a dataset')),
+        escape(config.get('model', 'a model')),
+        escape(config.get('dataset', 'a dataset')),
     )
     return (
-        f'<header><h1>{_text(summary.title)}</h1>'
+        f'<header><h1>{escape(summary.title)}</h1>'
         f'<p class="lead"><b>{model}</b> trained on <b>{dataset}</b></p>'
         f'<p class="muted">{" · ".join(facts)}</p></header>'
     )
@@ -178,7 +154,7 @@ def _header(summary: Summary, config: Mapping[str, Any], plan: Mapping[str, Any]
 
 def _tiles(results: Mapping[str, str]) -> str:
     tiles = ''.join(
-        f'<div><dd>{_text(value)}</dd><dt>{_text(label)}</dt></div>' for label, value in results.items()
+        f'<div><dd>{escape(value)}</dd><dt>{escape(label)}</dt></div>' for label, value in results.items()
     )
     return f'<dl class="tiles">{tiles}</dl>' if tiles else ''
 
@@ -189,7 +165,7 @@ def _warnings(warnings: Sequence[str], rows: Sequence[Row]) -> str:
         first = f'{broken[0]["split"]} row at step {broken[0]["step"]:,}'
         text = f'Loss or gradient norm is not finite in {len(broken):,} rows, first in the {first}.'
         warnings = [*warnings, text]
-    items = ''.join(f'<li>{_text(warning)}</li>' for warning in warnings)
+    items = ''.join(f'<li>{escape(warning)}</li>' for warning in warnings)
     return f'<aside class="warnings"><h2>Warnings</h2><ul>{items}</ul></aside>' if items else ''
 
 
@@ -206,7 +182,7 @@ def _boundary_table(plan: Mapping[str, Any], rate: Callable[[int], float]) -> st
         epoch = step / plan['steps_per_epoch']
         cells = (name, f'{step:,}', f'{epoch:.4g}', f'{float(value):.4g}')
         late = ' class="muted"' if step > plan['num_steps'] else ''
-        lines.append(f'<tr{late}>' + ''.join(f'<td>{_text(cell)}</td>' for cell in cells) + '</tr>')
+        lines.append(f'<tr{late}>' + ''.join(f'<td>{escape(cell)}</td>' for cell in cells) + '</tr>')
     head = '<tr><th>boundary</th><th>step</th><th>epoch</th><th>rate</th></tr>'
     body = f'<thead>{head}</thead><tbody>{"".join(lines)}</tbody>'
     return f'<div><table class="rows">{body}</table></div>'
@@ -236,7 +212,7 @@ def _time_spent(seconds: Mapping[str, float], rows: Sequence[Row]) -> str:
         if share >= 0.05:
             bar.append(f'<i style="background:{color};flex-grow:{share:.3f}"></i>')
         legend.append(
-            f'<tr><td><i style="background:{color}"></i>{_text(name)}</td>'
+            f'<tr><td><i style="background:{color}"></i>{escape(name)}</td>'
             f'<td>{_duration(parts[name])}</td><td>{share:.1f} %</td></tr>'
         )
     waits = plots.column(rows, 'train', 'data_wait_fraction')[1]
@@ -256,7 +232,7 @@ def _time_spent(seconds: Mapping[str, float], rows: Sequence[Row]) -> str:
 
 def _pairs_table(values: Mapping[str, Any]) -> str:
     lines = ''.join(
-        f'<div><dt>{_text(key)}</dt><dd>{_text(_number(value))}</dd></div>' for key, value in values.items()
+        f'<div><dt>{escape(key)}</dt><dd>{escape(_number(value))}</dd></div>' for key, value in values.items()
     )
     return f'<dl class="pairs">{lines}</dl>' if lines else ''
 
@@ -268,11 +244,11 @@ def _sample_grid(samples: Samples | None) -> str:
     for i, image in enumerate(samples.images):
         label, guess = int(samples.labels[i]), int(samples.predictions[i])
         right += label == guess
-        name, chance = _text(samples.name(guess)), f'{100 * float(samples.probabilities[i]):.0f} %'
-        truth = '' if label == guess else f'<em>is {_text(samples.name(label))}</em>'
+        name, chance = escape(samples.name(guess)), f'{100 * float(samples.probabilities[i]):.0f} %'
+        truth = '' if label == guess else f'<em>is {escape(samples.name(label))}</em>'
         cross, kind = ('', '') if label == guess else ('✗ ', ' class="wrong"')
         cells.append(
-            f'<figure{kind}><img src="{_data_url(image)}" alt="{_text(samples.name(label))}" />'
+            f'<figure{kind}><img src="{_data_url(image)}" alt="{escape(samples.name(label))}" />'
             f'<figcaption><b>{cross}{name}</b>{truth}<span>{chance}</span></figcaption></figure>'
         )
     count = len(samples.images)
@@ -308,80 +284,4 @@ def _reproduce(command: str, config: Mapping[str, Any]) -> str:
         ]
         words += [shlex.quote(f'--config.{key}={value}') for key, value in given.items()]
         command = ' '.join(words)
-    return f'<pre>{_text(command)}</pre><p class="muted note">The config in full is above.</p>'
-
-
-def _page(title: str, body: str) -> str:
-    def variables(colors: Mapping[str, str]) -> str:
-        return ''.join(f'--{role}:{color};' for role, color in colors.items())
-
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8" />'
-        '<meta name="viewport" content="width=device-width, initial-scale=1" />'
-        '<meta name="color-scheme" content="light dark" />'
-        f'<title>{_text(title)}</title><style>\n'
-        f':root{{{variables(plots.LIGHT)}--page:#fdfdfc;--soft:#f3f4f5}}\n'
-        f'@media screen and (prefers-color-scheme:dark){{:root{{{variables(plots.DARK)}'
-        f'--page:#16181b;--soft:#202327}}}}\n{STYLE}</style></head>\n'
-        f'<body><main>{body}</main></body></html>\n'
-    )
-
-
-STYLE = """
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,-apple-system,
-  "Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums lining-nums;
-  -webkit-text-size-adjust:100%}
-main{max-width:1000px;margin:0 auto;padding:56px 28px 72px}
-h1{font-size:34px;line-height:1.15;letter-spacing:-.02em;font-weight:650;margin:0 0 10px}
-h2{font-size:20px;letter-spacing:-.01em;font-weight:650;margin:0 0 18px}
-h3{font-size:15px;font-weight:600;margin:0 0 14px}
-.lead{font-size:18px;margin:0}.lead b{font-weight:600}
-.muted{color:var(--muted)}header .muted{margin:2px 0 0}
-.note{font-size:14px;margin:14px 0 0}.note b{color:var(--ink);font-weight:600}
-section{margin-top:52px;padding-top:22px;border-top:1px solid var(--line)}
-dl,dd,figure{margin:0}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;
-  margin-top:32px}
-.tiles>div{display:flex;flex-direction:column;background:var(--soft);
-  border-radius:10px;padding:16px 18px}
-.tiles dd{font-size:30px;line-height:1.2;font-weight:600;letter-spacing:-.02em;
-  overflow-wrap:anywhere}
-.tiles dt{font-size:14px;color:var(--muted);margin-top:2px}
-.warnings{margin-top:24px;border-left:4px solid var(--eval);background:var(--soft);
-  border-radius:0 10px 10px 0;padding:14px 20px}
-.warnings h2{font-size:15px;margin:0 0 4px}.warnings ul{margin:0;padding-left:18px}
-.pair{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:36px 44px;align-items:start}
-.chart svg{display:block;width:100%;height:auto;overflow:visible;font-family:inherit}
-.chart svg *{stroke-linejoin:round;stroke-linecap:butt}
-table.rows{border-collapse:collapse;width:100%;font-size:15px}
-.rows th{font-weight:500;font-size:13px;color:var(--muted)}
-.rows th,.rows td{text-align:right;padding:7px 0 7px 14px;border-bottom:1px solid var(--line)}
-.rows th:first-child,.rows td:first-child{text-align:left;padding-left:0}
-.bar{display:flex;gap:2px;height:30px;border-radius:6px;overflow:hidden;margin-bottom:10px}
-.bar i{min-width:2px}.bar i,.rows i{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.rows i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:9px}
-.pairs{columns:2;column-gap:44px;font-size:14.5px}
-.pairs>div{display:flex;justify-content:space-between;gap:18px;padding:5px 0;break-inside:avoid;
-  border-bottom:1px solid var(--line)}
-.pairs dt{color:var(--muted)}.pairs dd{text-align:right;overflow-wrap:anywhere}
-.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(96px,1fr));gap:18px 14px}
-.samples figure{break-inside:avoid;min-width:0}
-.samples img{display:block;width:100%;aspect-ratio:1;object-fit:contain;image-rendering:pixelated;
-  border-radius:6px;background:#000}
-.samples .wrong img{outline:3px solid var(--bad);outline-offset:1px}
-.samples figcaption{font-size:13px;line-height:1.35;margin-top:7px;overflow-wrap:anywhere}
-.samples b{font-weight:550}.samples span,.samples em{display:block;font-style:normal}
-.samples span{color:var(--muted)}
-.samples .wrong b,.samples em{color:var(--bad)}
-pre{background:var(--soft);border-radius:10px;padding:16px 18px;margin:0;white-space:pre-wrap;
-  overflow-wrap:anywhere;font:13.5px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-@media(max-width:720px){main{padding:32px 18px 48px}h1{font-size:27px}.pair{grid-template-columns:
-  minmax(0,1fr)}.pairs{columns:1}section{margin-top:38px}
-  .tiles{grid-template-columns:repeat(2,minmax(0,1fr))}.tiles dd{font-size:21px}}
-@media print{:root{--page:#fff}.samples{grid-template-columns:repeat(8,1fr)}
-  .tiles dd{font-size:21px}
-  main{max-width:none;padding:0}section{margin-top:26px}.pair,.chart,.rows,.warnings{
-  break-inside:avoid}h2{break-after:avoid}body{font-size:13px}.tiles>div,pre,.warnings{border:1px
-  solid var(--line)}}
-"""
+    return f'<pre>{escape(command)}</pre><p class="muted note">The config in full is above.</p>'

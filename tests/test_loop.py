@@ -1,0 +1,129 @@
+"""The loop: never hangs, never compiles twice, never waits, and what is due happens in order."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parallel_train import config as config_lib
+from parallel_train import train as train_lib
+from parallel_train.dataset import Split
+from parallel_train.mesh import start_devices
+from parallel_train.metrics import read_rows
+
+start_devices(8)
+
+
+def noise(split: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A dataset by import path: 256 train and 64 eval images of noise."""
+    rng = np.random.default_rng(len(split))
+    n = 256 if split == 'train' else 64
+    return rng.integers(0, 256, (n, 28, 28, 1), dtype=np.uint8), rng.integers(0, 10, n)
+
+
+def tiny(**fields: Any) -> Any:
+    return config_lib.Config({
+        'model': 'tests.models_for_tests:Linear', 'dataset': 'tests.test_loop:noise',
+        'batch_size': 32, 'num_epochs': 3.0, 'warmup_epochs': 1.0, 'learning_rate': 0.01,
+        'log_every_steps': 3, 'eval_batch_size': 20, **fields,
+    })  # fmt: skip
+
+
+def test_no_program_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logging, evaluating, saving and new epochs leave the compiled step as it is."""
+    steps = []
+    real = train_lib.make_train_step
+    monkeypatch.setattr(train_lib, 'make_train_step', lambda *args: steps.append(real(*args)) or steps[-1])
+    state = train_lib.train_and_evaluate(tiny(), tmp_path / 'run', devices=4)
+    assert int(state.step) == 24
+    assert [step._cache_size() for step in steps] == [1]
+
+
+@pytest.mark.parametrize(('log_every', 'steps'), [(1, 24), (3, 8), (7, 4), (100, 1)])
+def test_train_rows_cover_every_update_once(tmp_path: Path, log_every: int, steps: int) -> None:
+    train_lib.train_and_evaluate(tiny(log_every_steps=log_every), tmp_path, devices=1)
+    rows = [row for row in read_rows(tmp_path) if row['split'] == 'train']
+    assert len(rows) == steps and rows[-1]['step'] == 24
+    assert [row['step'] for row in rows] == sorted({*range(log_every, 25, log_every), 24})
+    evals = [row['step'] for row in read_rows(tmp_path) if row['split'] == 'eval']
+    assert evals == [8, 16, 24]
+
+
+def test_rows_are_means_over_the_updates_since_the_row_before(tmp_path: Path) -> None:
+    train_lib.train_and_evaluate(tiny(log_every_steps=1), tmp_path / 'each', devices=2)
+    train_lib.train_and_evaluate(tiny(log_every_steps=5), tmp_path / 'five', devices=2)
+    each = [row for row in read_rows(tmp_path / 'each') if row['split'] == 'train']
+    five = [row for row in read_rows(tmp_path / 'five') if row['split'] == 'train']
+    begin = 0
+    for row in five:
+        part = each[begin : row['step']]
+        for name in ('loss', 'accuracy', 'grad_norm'):
+            assert row[name] == pytest.approx(np.mean([r[name] for r in part]), rel=1e-5)
+        assert row['learning_rate'] == part[-1]['learning_rate']
+        begin = row['step']
+
+
+def test_train_is_evaluated_on_the_very_last_parameters(tmp_path: Path) -> None:
+    """The last eval row is of the state returned: the loop does not end a step early or late."""
+    from parallel_train.evaluate import Evaluator
+    from parallel_train.mesh import make_mesh
+
+    state = train_lib.train_and_evaluate(tiny(), tmp_path, devices=2)
+    split = Split(*noise('test', tmp_path), tuple(map(str, range(10))))
+    config = config_lib.with_dataset(config_lib.complete(tiny()), (28, 28, 1), 10)
+    result = Evaluator(split, config, make_mesh(2), state)(state)
+    last = read_rows(tmp_path)[-1]
+    assert last['split'] == 'eval' and last['step'] == int(state.step) == 24
+    assert {name: last[name] for name in result} == result
+
+
+def test_divergence_ends_with_its_own_error_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    from parallel_train.errors import Diverged
+
+    with pytest.raises(Diverged, match='not finite'):
+        # Finite in the first epoch, whose warmup starts low; beyond float32 later.
+        train_lib.train_and_evaluate(
+            tiny(learning_rate=1e38, checkpoint_every_epochs=0.125, num_epochs=4.0), tmp_path, devices=1
+        )
+    saved = sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir())
+    assert saved and saved[-1] < 32
+    for row in read_rows(tmp_path):
+        if row['step'] <= saved[-1] and row['split'] == 'train':
+            assert np.isfinite(row['loss'])
+
+
+SOAK = """
+import sys
+from pathlib import Path
+from parallel_train import start_devices
+start_devices({devices})
+from tests.test_loop import tiny
+from parallel_train.train import train_and_evaluate
+config = tiny(model='cnn', num_epochs={epochs}, log_every_steps=1000, data_placement='host',
+              eval_every_epochs=0.0, checkpoint_every_epochs=0.0)
+state = train_and_evaluate(config, sys.argv[1], devices={devices})
+names = [p.read_text() for p in Path('/proc/self/task').glob('*/comm')]
+print('pool', sum('XLAEigen' in name for name in names), 'step', int(state.step))
+"""
+
+
+@pytest.mark.parametrize('devices', [2, 8])
+def test_fresh_batches_on_many_cpu_devices_never_hang(tmp_path: Path, devices: int) -> None:
+    """400 steps with a batch put on the devices at each, far ahead of them, with no wait in between.
+
+    Without what `start_devices` sets, this hangs within the first hundred steps, and XLA aborts the
+    process after 40 seconds.
+    """
+    program = SOAK.format(devices=devices, epochs=50.0)
+    done = subprocess.run(
+        [sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = done.stdout.split()
+    assert words[-1] == '400'
+    assert int(words[words.index('pool') + 1]) >= 2 * devices
