@@ -101,8 +101,8 @@ class Checkpoints:
             )
         except (ValueError, KeyError) as error:
             raise UserError(
-                f'workdir={str(self._workdir)!r}: the checkpoint does not hold this model: '
-                f'{str(error).splitlines()[0]}'
+                f'workdir={str(self._workdir)!r}: its checkpoint does not hold the arrays of this '
+                'config.model and config.optimizer; name another workdir'
             ) from error
         return template.replace(**parts)
 

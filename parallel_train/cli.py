@@ -27,6 +27,14 @@ Every config field stands, with a comment, in configs/default.py.
 """
 
 
+# What the errors of Python's and absl's parsers mean.
+_NEEDED = {
+    'invalid literal for int()': 'a whole number',
+    'could not convert string to float': 'a number',
+    'Non-boolean argument': 'True or False',
+}
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv` (program name first) and returns the exit code."""
     try:
@@ -126,7 +134,12 @@ def _flag_message(message: str, known: Sequence[str]) -> str:
         name = first.split("'")[1]
         near = config_lib.nearest(name, list(known))
         return f'--{name}: there is no such flag here{near}; flags: {", ".join(known)}'
-    return f'{first.removeprefix("flag ")}'
+    flag, _, reason = first.removeprefix('flag ').partition(': ')
+    for said, meant in _NEEDED.items():
+        if said in reason:
+            name, _, value = flag.removeprefix('--').partition('=')
+            return f'{name}={value!r}: must be {meant}'
+    return first
 
 
 def _usage() -> str:

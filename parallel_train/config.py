@@ -175,6 +175,8 @@ def load(path: str | Path) -> Config:
     Raises:
       UserError: the file is missing, does not run, or gives no ConfigDict.
     """
+    if not str(path):
+        raise UserError("config='': needs a value, --config=FILE")
     path = Path(path)
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path('configs')
@@ -189,7 +191,7 @@ def load(path: str | Path) -> Config:
         spec.loader.exec_module(module)
         get_config = getattr(module, 'get_config', None)
         config = get_config() if callable(get_config) else None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = ''
         if not isinstance(error, SyntaxError):  # whose own message gives the line
             lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]

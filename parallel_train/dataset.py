@@ -174,18 +174,26 @@ def tfds_builder(name: str, data_dir: Path) -> tuple[Any, Features]:
 
 
 def _sizes_of_prepared(config: Any, data_dir: Path, prepared: Prepared) -> tuple[dict[str, Any], str]:
-    train = prepared.ranges(config.train_split)
+    train = _ranges(prepared, config, 'train_split')
+    evaluation = _ranges(prepared, config, 'eval_split')
     num_classes = prepared.features.num_classes
     if num_classes is None:  # plain integers: the labels themselves tell
         splits = (config.train_split, config.eval_split)
         num_classes = max(load_split(config.dataset, s, data_dir).num_classes for s in splits)
     known = {
-        'num_train_examples': prepared.num_examples(config.train_split),
-        'num_eval_examples': prepared.num_examples(config.eval_split),
+        'num_train_examples': sum(stop - start for _, start, stop in train),
+        'num_eval_examples': sum(stop - start for _, start, stop in evaluation),
         'input_shape': image_shape(prepared, train[0][0]),
         'num_classes': num_classes,
     }
     return known, f'the prepared set {prepared.path}'
+
+
+def _ranges(prepared: Prepared, config: Any, field: str) -> list[tuple[str, int, int]]:
+    try:
+        return prepared.ranges(config[field])
+    except UserError as error:
+        raise UserError(f'config.{field}={config[field]!r}: {error}') from error
 
 
 def _sizes_of_tfds(name: str, must_know: bool) -> tuple[dict[str, Any], str]:
@@ -210,6 +218,12 @@ def _sizes_of_function(config: Any, data_dir: Path | None) -> tuple[dict[str, An
     train, evaluation = (
         _call(config.dataset, split, data_dir) for split in (config.train_split, config.eval_split)
     )
+    shapes = train.images.shape[1:], evaluation.images.shape[1:]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f'config.dataset={config.dataset!r}: images of the train split are {shapes[0]} and those of the '
+            f'eval split {shapes[1]}; they must be of one shape'
+        )
     known = {
         'num_train_examples': len(train.images),
         'num_eval_examples': len(evaluation.images),

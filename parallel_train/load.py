@@ -40,4 +40,4 @@ def load_model(workdir: str | os.PathLike[str], step: int | None = None) -> tupl
 def load_state(config: Any, workdir: Path, sharding: Any, step: int | None) -> TrainState:
     """Returns the state of a checkpoint of `workdir`, laid out as `sharding` says."""
     with open_checkpoints(workdir, read_only=True) as checkpoints:
-        return checkpoints.restore(abstract_state(config, 0.0), sharding, step)
+        return checkpoints.restore(abstract_state(config, lambda _: 0.0), sharding, step)

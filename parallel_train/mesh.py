@@ -17,6 +17,7 @@ from parallel_train.reduce import DATA_AXIS
 # Threads in the pool of XLA's CPU client, at least. The size of the pool changes the last bits of some
 # results, so it does not follow the number of devices as long as that is at most half of it.
 MIN_CPU_THREADS = 16
+MAX_CPU_DEVICES = 1024  # each takes two threads
 
 
 def start_devices(cpu_devices: int) -> None:
@@ -32,14 +33,23 @@ def start_devices(cpu_devices: int) -> None:
     Raises:
       UserError: the backend runs already, on the CPU, with fewer devices or a pool that can hang.
     """
-    threads = max(int(os.environ.get('NPROC') or 0), os.cpu_count() or 1, MIN_CPU_THREADS)
-    if jax._src.xla_bridge.backends_are_initialized():
+    if cpu_devices > MAX_CPU_DEVICES:
+        raise UserError(f'devices={cpu_devices}: must be at most {MAX_CPU_DEVICES}')
+    try:
+        # Refused once the backend runs, unless it is the number there is: hence another one first.
+        jax.config.update('jax_num_cpu_devices', cpu_devices + 1)
+        jax.config.update('jax_num_cpu_devices', cpu_devices)
+    except RuntimeError:
         if jax.default_backend() == 'cpu':
             _check_running_cpu_client(cpu_devices)
         return
-    os.environ['NPROC'] = str(max(threads, 2 * cpu_devices))
-    jax.config.update('jax_num_cpu_devices', cpu_devices)
+    os.environ['NPROC'] = str(max(_default_threads(), MIN_CPU_THREADS, 2 * cpu_devices))
     jax.devices()
+
+
+def _default_threads() -> int:
+    asked = os.environ.get('NPROC', '')
+    return int(asked) if asked.isdigit() else os.cpu_count() or 1
 
 
 def _check_running_cpu_client(cpu_devices: int) -> None:
@@ -48,7 +58,7 @@ def _check_running_cpu_client(cpu_devices: int) -> None:
             f'devices={cpu_devices}: JAX runs already with {len(jax.devices())} CPU devices; call '
             f'parallel_train.start_devices({cpu_devices}) before anything else uses JAX'
         )
-    threads = int(os.environ.get('NPROC') or os.cpu_count() or 1)
+    threads = _default_threads()
     if cpu_devices > 1 and threads < 2 * cpu_devices:
         raise UserError(
             f'devices={cpu_devices}: JAX runs already with a pool of {threads} threads, which can hang '

@@ -110,6 +110,11 @@ def make_plan(
             f'config.num_epochs={config.num_epochs:g}: is less than one step; with '
             f'{steps_per_epoch} steps an epoch, use at least {1 / steps_per_epoch:.3g}'
         )
+    if num_steps >= 2**31:  # the state counts steps in int32
+        raise UserError(
+            f'config.num_epochs={config.num_epochs:g}: is more steps than can be counted, 2**31; with '
+            f'{steps_per_epoch} steps an epoch, use at most {(2**31 - 1) // steps_per_epoch}'
+        )
     peak = config.learning_rate * _rate_scale(config)
     pieces = schedule_pieces(config, peak, steps_per_epoch)
     warmup_steps = next((math.ceil(p.length) for p in pieces if p.shape == 'linear'), 0)
@@ -158,9 +163,12 @@ def _rate_scale(config: Any) -> float:
     return {'none': 1.0, 'linear': ratio, 'sqrt': math.sqrt(ratio)}[config.learning_rate_scaling]
 
 
-def _near_multiples(value: int, of: int) -> str:
+def _near_multiples(value: int, of: int, at_most: float = math.inf) -> str:
     below, above = value // of * of, -(-value // of) * of
-    return f'nearest that are: {below}, {above}' if below else f'nearest that is: {above}'
+    near = [str(n) for n in sorted({min(below, at_most // of * of), above}) if 0 < n <= at_most]
+    if not near:
+        return f'{of}, the least that is, is more than there are examples: use fewer devices, turns or shards'
+    return f'nearest that {"are" if len(near) > 1 else "is"}: {", ".join(near)}'
 
 
 def _check_fit(
@@ -179,26 +187,25 @@ def _check_fit(
             raise UserError(f'config.dataset={config.dataset!r}: split {split!r} holds no examples')
     batch_size, accumulation, shards = config.batch_size, config.accumulation_steps, config.shards
     turns = devices * accumulation
-    if batch_size % turns:
-        raise UserError(
-            f'config.batch_size={batch_size}: must be divisible by devices × accumulation_steps = '
-            f'{devices} × {accumulation} = {turns}; {_near_multiples(batch_size, turns)}'
-        )
     if shards and shards % turns:
         raise UserError(
             f'config.shards={shards}: must be a multiple of devices × accumulation_steps = '
             f'{devices} × {accumulation} = {turns}, or 0 for exactly that many; '
             f'{_near_multiples(shards, turns)}'
         )
-    if shards and batch_size % shards:
+    parts = shards or turns  # a multiple of `turns` either way
+    near = _near_multiples(batch_size, parts, at_most=num_train_examples)
+    if batch_size % turns:
         raise UserError(
-            f'config.batch_size={batch_size}: must be divisible by shards={shards}; '
-            f'{_near_multiples(batch_size, shards)}'
+            f'config.batch_size={batch_size}: must be divisible by devices × accumulation_steps = '
+            f'{devices} × {accumulation} = {turns}{f" and by shards={shards}" if shards else ""}; {near}'
         )
+    if batch_size % parts:
+        raise UserError(f'config.batch_size={batch_size}: must be divisible by shards={shards}; {near}')
     if batch_size > num_train_examples:
         raise UserError(
             f'config.batch_size={batch_size}: is larger than the train split, which holds '
-            f'{num_train_examples} examples; use at most {num_train_examples // turns * turns}'
+            f'{num_train_examples} examples; {near}'
         )
 
 

@@ -107,9 +107,9 @@ class Recorder:
             'examples_per_second': (step - begin) * self._plan.batch_size / seconds,
             'data_wait_fraction': min(waited / seconds, 1.0),
         }
+        self._check(sums, step)  # first: NaN is no JSON
         self._log.write(row)
         self._progress.show(row)
-        self._check(sums, step)
 
     def _check(self, sums: dict[str, float], step: int) -> None:
         if not all(math.isfinite(value) for value in sums.values()):

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from parallel_train import augment, batches, reduce
 from parallel_train import config as config_lib
+from parallel_train.errors import UserError
 from parallel_train.mesh import is_cpu
 from parallel_train.plan import Plan
 from parallel_train.state import KEY_IMPL, TrainState, create_model, takes_train
@@ -59,8 +60,59 @@ class _Forward:
 
 
 def _forward(config: Any, apply_fn: Callable[..., Any]) -> _Forward:
-    loss = config_lib.import_object('loss', config_lib.BUILT_IN_LOSSES.get(config.loss, config.loss))
-    return _Forward(apply_fn, loss, takes_train(create_model(config)))
+    return _Forward(apply_fn, _import_loss(config), takes_train(create_model(config)))
+
+
+def check_model_and_loss(config: Any, template: TrainState) -> None:
+    """Checks, without computing anything, that model and loss give what the step needs.
+
+    Args:
+      config: with the dataset's `input_shape` and `num_classes`.
+      template: the state's shapes (`abstract_state`).
+
+    Raises:
+      UserError: the model gives no logits, or fewer than there are classes; the loss gives no losses and
+        weights for each example.
+    """
+    model, examples = create_model(config), 2
+    batch = {
+        'image': jax.ShapeDtypeStruct((examples, *config.input_shape), jnp.float32),
+        'label': jax.ShapeDtypeStruct((examples,), jnp.int32),
+    }
+    variables = {'params': template.params, 'batch_stats': template.batch_stats}
+    logits: Any = jax.eval_shape(lambda v, x: model.apply(v, x), variables, batch['image'])
+    shape = getattr(logits, 'shape', type(logits).__name__)
+    if len(shape) != 2 or shape[0] != examples:
+        raise UserError(
+            f'config.model={config.model!r}: must return logits [batch, classes], not {shape} for '
+            f'{examples} images'
+        )
+    if shape[1] < config.num_classes:
+        raise UserError(
+            f'config.model={config.model!r}: gives {shape[1]} logits, but the labels of '
+            f'{config.dataset!r} go up to {config.num_classes - 1}; it must give at least '
+            f'{config.num_classes}'
+        )
+    try:
+        given = jax.eval_shape(_import_loss(config), logits, batch)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the loss says to logits and labels
+        raise UserError(
+            f'config.loss={config.loss!r}: cannot be called with logits {shape} and a batch of '
+            f'{sorted(batch)}: {type(error).__name__}: {error}'
+        ) from error
+    parts = given if isinstance(given, tuple) else (given,)
+    shapes = [getattr(part, 'shape', None) for part in parts]
+    if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0] is None or shapes[0][:1] != (examples,):
+        raise UserError(
+            f'config.loss={config.loss!r}: must return per-example losses and weights of one shape '
+            f'[batch, ...], not {shapes} for {examples} examples'
+        )
+
+
+def _import_loss(config: Any) -> Loss:
+    return config_lib.import_object('loss', config_lib.BUILT_IN_LOSSES.get(config.loss, config.loss))
 
 
 def make_train_step(

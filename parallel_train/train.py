@@ -28,8 +28,8 @@ from parallel_train.progress import Progress
 from parallel_train.recorder import Recorder
 from parallel_train.schedule import create_learning_rate_fn
 from parallel_train.show_plan import plan_table
-from parallel_train.state import TrainState, abstract_state, check_model, initialise
-from parallel_train.step import make_train_step
+from parallel_train.state import TrainState, abstract_state, initialise
+from parallel_train.step import check_model_and_loss, make_train_step
 
 
 @dataclasses.dataclass
@@ -77,13 +77,15 @@ def train_and_evaluate(
     config = config_lib.complete(config)
     sizes = dataset.find_sizes(config, data_dir)
     config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
-    num_devices = choose_devices(config, sizes, devices, workdir, say=print)
-    plan = make_plan(config, sizes.num_train_examples, sizes.num_eval_examples, num_devices)
+    examples = sizes.num_train_examples, sizes.num_eval_examples
+    if devices is not None:
+        make_plan(config, *examples, devices)  # what does not fit is refused before devices are made
+    plan = make_plan(config, *examples, choose_devices(config, sizes, devices, workdir, say=print))
     mesh = mesh_lib.make_mesh(plan.num_devices)
     workdir_lib.check(workdir, config, plan, allow_plan_change)
     learning_rate_fn = create_learning_rate_fn(config, plan.peak_learning_rate, plan.steps_per_epoch)
     template = abstract_state(config, learning_rate_fn)
-    check_model(config, template)
+    check_model_and_loss(config, template)
     train_split = dataset.load_split(config.dataset, config.train_split, data_dir)
     eval_split = dataset.load_split(config.dataset, config.eval_split, data_dir)
     print(plan_table(plan, config, sizes.source), flush=True)

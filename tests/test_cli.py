@@ -1,0 +1,366 @@
+"""Every command as a person types it: what it prints, what it writes, with which code it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import (
+    BATCH_SIZE,
+    CHECKPOINT_EVERY,
+    EPOCHS,
+    EVAL_EXAMPLES,
+    LOG_EVERY,
+    NUM_STEPS,
+    PEAK_RATE,
+    ROOT,
+    STEPS_PER_EPOCH,
+    TRAIN_EXAMPLES,
+    WARMUP_EPOCHS,
+    checkpoint_steps,
+    cli,
+    environment,
+    read_rows,
+    restore,
+    run_cli,
+    run_ok,
+    snapshot,
+)
+
+HARDWARE_FIELDS = {'num_devices', 'num_processes', 'per_device_batch_size'}
+PLAN_FIELDS = HARDWARE_FIELDS | {
+    'num_train_examples', 'num_eval_examples', 'batch_size', 'accumulation_steps', 'shards',
+    'steps_per_epoch', 'dropped_examples_per_epoch', 'num_steps', 'warmup_steps', 'decay_steps',
+    'boundaries', 'peak_learning_rate', 'final_learning_rate', 'learning_rate_at', 'eval_steps',
+}  # fmt: skip
+BOTH_FIELDS = {'split', 'step', 'epoch', 'loss', 'accuracy'}
+TRAIN_FIELDS = BOTH_FIELDS | {'learning_rate', 'grad_norm', 'examples_per_second', 'data_wait_fraction'}
+EVAL_FIELDS = BOTH_FIELDS | {'num_examples'}
+
+
+def hand_rate(completed: int) -> float:
+    """The guide's schedule, written down once more: the rate of the update after `completed` ones."""
+    warmup = WARMUP_EPOCHS * STEPS_PER_EPOCH
+    if completed < warmup:
+        return PEAK_RATE * completed / warmup
+    done = (completed - warmup) / ((EPOCHS - WARMUP_EPOCHS) * STEPS_PER_EPOCH)
+    return PEAK_RATE * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
+
+
+def of_split(workdir: Path, split: str) -> list[dict[str, Any]]:
+    return [row for row in read_rows(workdir) if row['split'] == split]
+
+
+# ---------------------------------------------------------------- prepare
+
+
+def test_prepare_a_second_time_says_that_it_is_there(recipe: Path, data_dir: Path) -> None:
+    before = snapshot(data_dir)
+    result = run_ok('prepare', f'--config={recipe}', f'--data_dir={data_dir}')
+    assert 'already prepared' in result.stdout
+    assert re.search(rf'train\D+{TRAIN_EXAMPLES:,} images', result.stdout)
+    assert re.search(rf'test\D+{EVAL_EXAMPLES} images', result.stdout)
+    assert snapshot(data_dir) == before
+
+
+# ---------------------------------------------------------------- plan
+
+
+def plan_json(recipe: Path, data_dir: Path, *flags: str, cwd: Path | None = None) -> dict[str, Any]:
+    result = run_ok('plan', f'--config={recipe}', f'--data_dir={data_dir}', '--json', *flags, cwd=cwd)
+    return json.loads(result.stdout)
+
+
+def test_plan_is_shown_as_a_table(recipe: Path, data_dir: Path) -> None:
+    out = run_ok('plan', f'--config={recipe}', f'--data_dir={data_dir}', '--devices=4').stdout
+    assert re.search(r'48 = 4 devices × 12 examples × 1', out)
+    assert re.search(rf'steps in all +{NUM_STEPS}\b', out)
+    assert '8 of 6 examples' in out and f'{TRAIN_EXAMPLES:,}' in out and 'WARNING' not in out
+
+
+def test_plan_json_is_the_same_on_any_device_count(recipe: Path, data_dir: Path) -> None:
+    plans = {n: plan_json(recipe, data_dir, f'--devices={n}') for n in (1, 2, 4, 8)}
+    for devices, plan in plans.items():
+        assert set(plan) >= PLAN_FIELDS
+        assert (plan['num_devices'], plan['num_processes']) == (devices, 1)
+        assert plan['per_device_batch_size'] * devices == BATCH_SIZE
+        common = {k: v for k, v in plan.items() if k not in HARDWARE_FIELDS}
+        assert common == {k: v for k, v in plans[1].items() if k not in HARDWARE_FIELDS}
+    plan = plans[1]
+    assert (plan['num_train_examples'], plan['num_eval_examples']) == (TRAIN_EXAMPLES, EVAL_EXAMPLES)
+    assert (plan['steps_per_epoch'], plan['num_steps']) == (STEPS_PER_EPOCH, NUM_STEPS)
+    assert (plan['batch_size'], plan['shards']) == (BATCH_SIZE, 8)
+    assert plan['dropped_examples_per_epoch'] == 0
+    assert plan['eval_steps'] == math.ceil(EVAL_EXAMPLES / 128)
+    assert (
+        plan['boundaries'] == [13] and plan['warmup_steps'] == 13
+    )  # 12.5, and update 13 is the first past it
+    assert plan['peak_learning_rate'] == PEAK_RATE
+    assert plan['final_learning_rate'] == pytest.approx(hand_rate(NUM_STEPS - 1), rel=1e-9)
+    for step, rate in plan['learning_rate_at'].items():
+        assert rate == pytest.approx(hand_rate(int(step)), rel=1e-9, abs=1e-12)
+
+
+def test_plan_for_hardware_that_is_not_here_writes_nothing(
+    recipe: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    data = snapshot(data_dir)
+    flags = ['--devices=256', '--config.batch_size=512', '--config.shards=0', '--workdir=run']
+    plan = plan_json(recipe, data_dir, *flags, cwd=tmp_path)
+    assert (plan['num_devices'], plan['per_device_batch_size'], plan['shards']) == (256, 2, 256)
+    assert list(tmp_path.iterdir()) == []
+    assert snapshot(data_dir) == data
+
+
+def test_plan_without_data_takes_the_sizes_of_the_config(tmp_path: Path) -> None:
+    sizes = {'num_train_examples': 60000, 'num_eval_examples': 10000, 'batch_size': 256}
+    given = [f'--config.{key}={value}' for key, value in sizes.items()]
+    plan = plan_json(ROOT / 'configs/default.py', tmp_path / 'none', '--devices=8', *given, cwd=tmp_path)
+    assert (plan['steps_per_epoch'], plan['dropped_examples_per_epoch']) == (234, 96)
+    assert plan['num_steps'] == 2340
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_warns_loudly_of_an_unfinished_decay(recipe: Path, data_dir: Path) -> None:
+    flags = ['--devices=2', '--config.num_epochs=1', '--config.warmup_epochs=0.5']
+    out = run_ok('plan', f'--config={recipe}', f'--data_dir={data_dir}', *flags).stdout
+    assert 'THE DECAY WILL NOT BE FINISHED' in out
+
+
+# ---------------------------------------------------------------- train
+
+
+def test_train_leaves_a_whole_workdir(trained: Path) -> None:
+    assert {path.name for path in trained.iterdir() if not path.name.startswith('events.')} == {
+        'config.json', 'plan.json', 'metrics.jsonl', 'checkpoints', 'report.html', 'plots'
+    }  # fmt: skip
+    assert [p.stat().st_size > 0 for p in trained.glob('events.*')] == [True]
+    config = json.loads((trained / 'config.json').read_text())
+    assert (config['model'], config['batch_size'], config['num_classes']) == ('cnn', BATCH_SIZE, 10)
+    assert config['input_shape'] == [28, 28, 1] and config['momentum'] == 0.9
+    assert checkpoint_steps(trained) == [42, 48, 50]  # of every 6 steps and the end, the last 3
+    report = (trained / 'report.html').read_text()
+    assert len(report) > 10_000 and '</html>' in report and 'src="http' not in report
+    assert '--config=' in report  # the command that made it
+    plots = list((trained / 'plots').glob('*.png'))
+    assert len(plots) >= 3
+    assert all(path.read_bytes().startswith(b'\x89PNG\r\n') for path in plots)
+
+
+def test_train_follows_the_plan_that_was_shown(trained: Path, recipe: Path, data_dir: Path) -> None:
+    plan = json.loads((trained / 'plan.json').read_text())
+    assert plan == plan_json(recipe, data_dir, '--devices=2')
+    out = (trained.parent / 'stdout').read_text()
+    assert out.startswith('Plan\n') or '\nPlan\n' in out
+    assert out.index('Plan\n') < out.index('epoch ')
+    last = of_split(trained, 'eval')[-1]
+    assert f'{last["accuracy"]:.4f}' in out and str(trained / 'report.html') in out
+
+
+def test_train_writes_nothing_to_stderr(trained: Path) -> None:
+    assert (trained.parent / 'stderr').read_text() == ''
+
+
+def test_rows_hold_what_the_contract_says(trained: Path) -> None:
+    train, evaluations = of_split(trained, 'train'), of_split(trained, 'eval')
+    assert all(set(row) == TRAIN_FIELDS for row in train)
+    assert all(set(row) == EVAL_FIELDS for row in evaluations)
+    assert [row['step'] for row in train] == [*range(LOG_EVERY, NUM_STEPS, LOG_EVERY), NUM_STEPS]
+    assert [row['step'] for row in evaluations] == [STEPS_PER_EPOCH, NUM_STEPS]
+    for row in [*train, *evaluations]:
+        assert row['epoch'] == row['step'] / STEPS_PER_EPOCH
+        assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
+        assert 0 <= row['accuracy'] <= 1
+    for row in train:
+        assert row['examples_per_second'] > 0 and 0 <= row['data_wait_fraction'] <= 1
+        assert row['grad_norm'] > 0
+    assert all(row['num_examples'] == EVAL_EXAMPLES for row in evaluations)
+    steps = [row['step'] for row in read_rows(trained)]
+    assert steps == sorted(steps)
+
+
+def test_rate_of_each_row_is_that_of_the_update_that_completed_it(trained: Path) -> None:
+    for row in of_split(trained, 'train'):
+        assert row['learning_rate'] == pytest.approx(hand_rate(row['step'] - 1), rel=1e-6)
+
+
+def test_it_learns(trained: Path) -> None:
+    train, evaluations = of_split(trained, 'train'), of_split(trained, 'eval')
+    assert train[0]['loss'] > 2  # near ln 10 = 2.3, chance
+    assert train[-1]['loss'] < 0.3
+    assert evaluations[-1]['loss'] < evaluations[0]['loss']
+    assert evaluations[-1]['accuracy'] > 0.95
+
+
+def test_checkpoints_are_labelled_by_completed_steps(trained: Path) -> None:
+    for step in checkpoint_steps(trained):
+        assert step % CHECKPOINT_EVERY == 0 or step == NUM_STEPS
+        assert restore(trained, step)["['step']"] == step
+
+
+def test_training_again_in_a_finished_workdir_changes_no_result(
+    trained: Path, recipe: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    workdir = Path(shutil.copytree(trained, tmp_path / 'run'))
+    flags = [f'--config={recipe}', f'--workdir={workdir}', f'--data_dir={data_dir}', '--devices=2']
+    result = run_ok('train', *flags)
+    for name in ('metrics.jsonl', 'config.json', 'plan.json'):
+        assert (workdir / name).read_bytes() == (trained / name).read_bytes()
+    assert snapshot(workdir / 'checkpoints') == snapshot(trained / 'checkpoints')
+    assert 'accuracy' in result.stdout
+
+
+def test_divergence_has_its_own_exit_code(recipe: Path, data_dir: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / 'run'
+    flags = [f'--config={recipe}', f'--workdir={workdir}', f'--data_dir={data_dir}', '--devices=2']
+    result = run_cli('train', *flags, '--config.learning_rate=1e30')
+    assert result.code == 3, result
+    assert result.stderr.startswith('error: ') and 'Traceback' not in result.stderr
+    assert 'diverged' in result.stderr and 'config.learning_rate' in result.stderr
+    for step in checkpoint_steps(workdir):
+        assert all(np.isfinite(x).all() for x in restore(workdir, step).values())
+    for line in (workdir / 'metrics.jsonl').read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def evaluate(workdir: Path, data_dir: Path, *flags: str) -> dict[str, Any]:
+    result = run_ok('evaluate', f'--workdir={workdir}', f'--data_dir={data_dir}', '--json', *flags)
+    return json.loads(result.stdout)
+
+
+def test_evaluate_gives_the_last_row(trained: Path, data_dir: Path) -> None:
+    row = of_split(trained, 'eval')[-1]
+    checkpoints = snapshot(trained)
+    found = evaluate(trained, data_dir)  # without --config, on the devices that the run used
+    assert (found['step'], found['num_examples']) == (NUM_STEPS, EVAL_EXAMPLES)
+    assert (found['accuracy'], found['loss']) == (row['accuracy'], row['loss'])
+    assert snapshot(trained) == checkpoints
+
+
+def test_evaluate_on_other_devices_in_other_batches(trained: Path, data_dir: Path, recipe: Path) -> None:
+    row = of_split(trained, 'eval')[-1]
+    flags = ['--devices=3', f'--config={recipe}', '--config.eval_batch_size=7']
+    found = evaluate(trained, data_dir, *flags)
+    assert (found['accuracy'], found['num_examples']) == (row['accuracy'], EVAL_EXAMPLES)
+    # 300 losses of about 1, added in another order: a relative 1e-5 is far above float32 rounding.
+    assert found['loss'] == pytest.approx(row['loss'], rel=1e-5, abs=1e-6)
+
+
+def test_evaluate_an_earlier_checkpoint(trained: Path, data_dir: Path) -> None:
+    step = NUM_STEPS - 8
+    found = evaluate(trained, data_dir, f'--step={step}')
+    assert found['step'] == step
+    assert found['loss'] != of_split(trained, 'eval')[-1]['loss']
+
+
+# ---------------------------------------------------------------- the trained model elsewhere
+
+
+def test_loaded_model_has_the_accuracy_of_the_last_row(trained: Path, idx_dir: Path) -> None:
+    code = f"""
+import numpy as np, jax
+from pathlib import Path
+from parallel_train import idx, load_model
+model, variables = load_model({str(trained)!r})
+images, labels = idx.load(Path({str(idx_dir)!r})).splits['test']
+logits = model.apply(variables, images[..., None].astype(np.float32) / 255)
+assert {{d.id for x in jax.tree.leaves(variables) for d in x.devices()}} == {{0}}
+print(float((np.asarray(logits).argmax(-1) == labels).mean()))
+"""
+    accuracy = float(run_python(code).splitlines()[-1])
+    assert accuracy == pytest.approx(of_split(trained, 'eval')[-1]['accuracy'], abs=1e-6)
+
+
+# ---------------------------------------------------------------- help, entry point, imports
+
+
+def run_python(code: str, *args: str, cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, '-c', code, *args],
+        cwd=cwd or ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize('words', [['--help'], ['help'], ['train', '--help']])
+def test_help(words: list[str]) -> None:
+    out = run_ok(*words).stdout
+    for word in ('prepare', 'plan', 'train', 'evaluate', '--config', '--workdir', '--data_dir', '--devices'):
+        assert word in out
+
+
+def test_no_command_shows_the_usage_and_is_an_error() -> None:
+    done = subprocess.run(cli(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and 'COMMAND' in done.stdout + done.stderr
+
+
+def test_entry_point(recipe: Path, data_dir: Path, tmp_path: Path) -> None:
+    code = 'import sys; from parallel_train.cli import console; sys.exit(console())'
+    arguments = ['plan', f'--config={recipe}', f'--data_dir={data_dir}', '--devices=2', '--json']
+    assert json.loads(run_python(code, *arguments, cwd=tmp_path)) == plan_json(
+        recipe, data_dir, '--devices=2'
+    )
+    setup = (ROOT / 'setup.cfg').read_text()
+    assert 'parallel-train = parallel_train.cli:console' in setup
+
+
+IMPORTED = """
+import sys
+from parallel_train.cli import main
+code = main(['parallel_train', *sys.argv[1:]])
+names = ('jax', 'tensorflow', 'tensorflow_datasets', 'flax', 'matplotlib')
+print('IMPORTED', *(name for name in names if name in sys.modules))
+sys.exit(code)
+"""
+
+
+def imported_by(*args: str | Path) -> set[str]:
+    out = run_python(IMPORTED, *map(str, args))
+    return set(out[out.index('IMPORTED') :].split()[1:])
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, parallel_train; print(*(m for m in ('jax', 'tensorflow') if m in sys.modules))"
+    assert run_python(code).split() == []
+
+
+def test_a_plan_waits_for_neither_jax_nor_tensorflow(recipe: Path, data_dir: Path) -> None:
+    flags = [f'--config={recipe}', f'--data_dir={data_dir}', '--devices=4']
+    assert imported_by('plan', *flags) == set()
+
+
+def test_training_imports_no_tensorflow(trained: Path) -> None:
+    """Nor TFDS, the set being prepared: the run met modules of these names that note their import."""
+    assert not (trained.parent / 'imported').exists(), (trained.parent / 'imported').read_text()
+
+
+def test_nobody_reads_the_output(recipe: Path, data_dir: Path) -> None:
+    """A reader that goes away, as `| head -0` does, is no fault of the program: no traceback."""
+    command = cli('plan', f'--config={recipe}', f'--data_dir={data_dir}', '--devices=4')
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, 'w') as stdout:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert 'Traceback' not in done.stderr

@@ -1,0 +1,277 @@
+"""A run that is killed, at whatever moment, and started again ends as if it had never been killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import (
+    NUM_STEPS,
+    ROOT,
+    STEPS_PER_EPOCH,
+    checkpoint_steps,
+    cli,
+    environment,
+    read_rows,
+    restore,
+    run_cli,
+    run_ok,
+    snapshot,
+    without_timing,
+    write_recipe,
+)
+from tests.test_idx import write_set
+
+Moment = Callable[[Path], bool]
+
+
+# ---------------------------------------------------------------- moments to be killed at
+
+
+def last_row_step(workdir: Path) -> int:
+    try:
+        lines = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return 0
+    return max((json.loads(line)['step'] for line in lines if line.endswith('\n')), default=0)
+
+
+def checkpoint_appeared(step: int) -> Moment:
+    return lambda workdir: any(there >= step for there in checkpoint_steps(workdir))
+
+
+def row_written(step: int) -> Moment:
+    return lambda workdir: last_row_step(workdir) >= step
+
+
+def both(first: Moment, second: Moment) -> Moment:
+    return lambda workdir: first(workdir) and second(workdir)
+
+
+def saving(step: int) -> Moment:
+    """While a checkpoint from `step` on is half-written; soon after, should that be too quick to be seen."""
+
+    def reached(workdir: Path) -> bool:
+        names = [path.name for path in (workdir / 'checkpoints').glob('*tmp*')]
+        return any(int(name.split('.')[0]) >= step for name in names) or last_row_step(workdir) >= step + 12
+
+    return reached
+
+
+def kill_at(moment: Moment, arguments: list[str], workdir: Path, env: dict[str, str]) -> None:
+    """Starts a run and kills it, with no chance to clean up, as soon as `moment` has come."""
+    process = subprocess.Popen(
+        cli(*arguments), cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not moment(workdir) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.003)
+    came = moment(workdir)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    _, stderr = process.communicate()
+    assert came, stderr
+    assert process.returncode == -signal.SIGKILL, f'it ended before it could be killed\n{stderr}'
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def assert_same_run(resumed: Path, reference: Path) -> None:
+    """Everything that the two runs computed is equal, to the last bit."""
+    assert without_timing(read_rows(resumed)) == without_timing(read_rows(reference))
+    assert checkpoint_steps(resumed) == checkpoint_steps(reference)
+    for step in checkpoint_steps(reference):
+        got, want = restore(resumed, step), restore(reference, step)
+        assert got.keys() == want.keys()
+        different = [name for name in want if not np.array_equal(got[name], want[name])]
+        assert not different, (step, different)
+        assert got["['step']"] == step
+    for name in ('config.json', 'plan.json'):
+        assert (resumed / name).read_text() == (reference / name).read_text()
+
+
+def copy(workdir: Path, to: Path) -> Path:
+    return Path(shutil.copytree(workdir, to))
+
+
+# ---------------------------------------------------------------- the runs
+
+
+class Job:
+    """How the tiny model (BatchNorm, dropout, augmentation) is trained here."""
+
+    def __init__(self, recipe: Path, data_dir: Path, models_dir: Path):
+        self.recipe, self.data_dir = recipe, data_dir
+        self.env = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(models_dir)]))
+
+    def arguments(self, workdir: Path, *more: str, devices: int = 2) -> list[str]:
+        common = [f'--config={self.recipe}', f'--data_dir={self.data_dir}', f'--workdir={workdir}']
+        return ['train', *common, f'--devices={devices}', *more]
+
+
+@pytest.fixture(scope='module')
+def job(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, models_dir: Path) -> Job:
+    path = tmp_path_factory.mktemp('recipe') / 'tiny.py'
+    augmented = 'config.random_crop_padding = 2\nconfig.random_flip = True\nconfig.weight_decay = 1e-4'
+    return Job(write_recipe(path, 'own_models:Tiny', augmented), data_dir, models_dir)
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory: pytest.TempPathFactory, job: Job) -> Path:
+    """A run of the tiny model that was never interrupted."""
+    workdir = tmp_path_factory.mktemp('reference') / 'run'
+    run_ok(*job.arguments(workdir), env=job.env)
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def interrupted(tmp_path_factory: pytest.TempPathFactory, job: Job) -> Path:
+    """A run of the tiny model killed early, and again once checkpoint 18 was there. Only to be copied."""
+    workdir = tmp_path_factory.mktemp('interrupted') / 'run'
+    kill_at(row_written(4), job.arguments(workdir), workdir, job.env)  # no checkpoint yet, or hardly
+    kill_at(checkpoint_appeared(18), job.arguments(workdir), workdir, job.env)
+    assert 18 <= max(checkpoint_steps(workdir)) < NUM_STEPS
+    return workdir
+
+
+# ---------------------------------------------------------------- as if never killed
+
+
+def test_killed_twice_cnn(trained: Path, recipe: Path, data_dir: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / 'run'
+    common = [f'--config={recipe}', f'--data_dir={data_dir}', f'--workdir={workdir}']
+    arguments = ['train', *common, '--devices=2']
+    kill_at(checkpoint_appeared(6), arguments, workdir, environment())
+    assert not (workdir / 'report.html').exists()
+    mid_epoch = both(row_written(32), checkpoint_appeared(30))
+    kill_at(mid_epoch, arguments, workdir, environment())
+    latest = max(checkpoint_steps(workdir))
+    assert STEPS_PER_EPOCH < latest < NUM_STEPS
+    result = run_ok(*arguments)
+    assert f'resuming from step {latest}' in result.stdout
+    assert_same_run(workdir, trained)
+    assert (workdir / 'report.html').exists()
+
+
+def test_killed_while_saving_and_before_the_report(
+    job: Job, reference: Path, interrupted: Path, tmp_path: Path
+) -> None:
+    """With BatchNorm, dropout and augmentation; a row cut off by the crash is put right as well."""
+    workdir = copy(interrupted, tmp_path / 'run')
+    with open(workdir / 'metrics.jsonl', 'a') as file:
+        file.write('{"split": "train", "st')
+    arguments = job.arguments(workdir)
+    kill_at(saving(24), arguments, workdir, job.env)
+    kill_at(row_written(NUM_STEPS), arguments, workdir, job.env)
+    result = run_ok(*arguments, env=job.env)
+    assert 'resuming from step' in result.stdout
+    assert_same_run(workdir, reference)
+    assert list((workdir / 'checkpoints').glob('*tmp*')) == []
+
+
+def test_a_second_run_of_the_same_config_is_the_same_run(
+    job: Job, reference: Path, interrupted: Path
+) -> None:
+    """Up to where it was killed. (Rows of different runs can be compared at all.)"""
+    rows = without_timing(read_rows(interrupted))
+    assert rows == without_timing(read_rows(reference))[: len(rows)]
+
+
+def test_resume_on_another_device_count(job: Job, reference: Path, interrupted: Path, tmp_path: Path) -> None:
+    workdir = copy(interrupted, tmp_path / 'run')
+    run_ok(*job.arguments(workdir, devices=4), env=job.env)
+    plans = [json.loads((path / 'plan.json').read_text()) for path in (workdir, reference)]
+    assert [plan.pop('num_devices') for plan in plans] == [4, 2]
+    assert [plan.pop('per_device_batch_size') for plan in plans] == [12, 24]
+    assert plans[0] == plans[1]
+    # Sums over 4 devices are added in another order than over 2, which moves the last bits of a float32
+    # gradient (2**-24, 6e-8); some 30 updates with momentum carry that on, and a ReLU that flips adds to it.
+    got, want = restore(workdir, NUM_STEPS), restore(reference, NUM_STEPS)
+    for name, array in want.items():
+        np.testing.assert_allclose(got[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+    rows, expected = without_timing(read_rows(workdir)), without_timing(read_rows(reference))
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        exact = {k: v for k, v in row.items() if k not in ('loss', 'accuracy', 'grad_norm')}
+        assert exact == {k: other[k] for k in exact}
+        assert row['loss'] == pytest.approx(other['loss'], rel=1e-3)
+        assert row['accuracy'] == pytest.approx(other['accuracy'], abs=0.011)  # at most 2 of 192 examples
+
+
+# ---------------------------------------------------------------- another job in the same workdir
+
+CHANGES: dict[str, tuple[list[str], list[str]]] = {
+    'batch size': (['--config.batch_size=96'], ['config.batch_size', '48', '96']),
+    'rate': (['--config.learning_rate=0.1'], ['config.learning_rate', '0.05', '0.1']),
+    'epochs': (['--config.num_epochs=3'], ['config.num_epochs', '2.0', '3.0']),
+    'model': (['--config.model=cnn'], ['config.model', 'own_models:Tiny', 'cnn']),
+    'seed': (['--config.seed=7'], ['config.seed', '0', '7']),
+    'split': (['--config.train_split=train[:1150]'], ['config.train_split', 'train[:1150]']),
+    'two': (['--config.seed=7', '--config.shards=4'], ['config.seed', 'config.shards']),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_changed_job_is_refused(job: Job, interrupted: Path, change: str) -> None:
+    flags, words = CHANGES[change]
+    before = snapshot(interrupted)
+    result = run_cli(*job.arguments(interrupted, *flags), env=job.env)
+    assert (result.code, result.stdout) == (2, ''), result
+    assert result.stderr.startswith('error: ') and 'Traceback' not in result.stderr
+    for word in [*words, str(interrupted), '--allow_plan_change']:
+        assert word in result.stderr
+    assert snapshot(interrupted) == before
+
+
+def test_other_data_under_the_same_name_is_refused(job: Job, interrupted: Path, tmp_path: Path) -> None:
+    source = write_set(tmp_path / 'idx', train=960, test=300)
+    run_ok('prepare', f'--config={job.recipe}', f'--data_dir={tmp_path / "d"}', f'--from={source}')
+    before = snapshot(interrupted)
+    arguments = [*job.arguments(interrupted), f'--data_dir={tmp_path / "d"}']
+    result = run_cli(*arguments, env=job.env)
+    assert result.code == 2
+    assert 'num_train_examples was 1200 and is 960' in result.stderr
+    assert snapshot(interrupted) == before
+
+
+def test_allowed_change_goes_on_from_the_checkpoint(job: Job, interrupted: Path, tmp_path: Path) -> None:
+    workdir = copy(interrupted, tmp_path / 'run')
+    latest = max(checkpoint_steps(workdir))
+    flags = ['--config.num_epochs=2.2', '--config.learning_rate=0.02', '--allow_plan_change']
+    result = run_ok(*job.arguments(workdir, *flags), env=job.env)
+    assert f'resuming from step {latest}' in result.stdout
+    rows, old = read_rows(workdir), read_rows(interrupted)
+    kept = [row for row in old if row['step'] <= latest]
+    assert rows[: len(kept)] == kept and rows[-1]['step'] == 55
+    assert max(row['learning_rate'] for row in rows[len(kept) :] if 'learning_rate' in row) <= 0.02
+    assert json.loads((workdir / 'config.json').read_text())['learning_rate'] == 0.02
+    assert json.loads((workdir / 'plan.json').read_text())['num_steps'] == 55
+    assert restore(workdir, 55)["['step']"] == 55
+
+
+def test_allowed_change_of_the_model_loses_nothing(job: Job, interrupted: Path, tmp_path: Path) -> None:
+    """Another model cannot go on from these arrays, allowed or not."""
+    workdir = copy(interrupted, tmp_path / 'run')
+    before = contents(workdir)
+    arguments = job.arguments(workdir, '--config.model=cnn', '--allow_plan_change')
+    result = run_cli(*arguments, env=job.env)
+    assert result.code == 2 and 'Traceback' not in result.stderr
+    assert contents(workdir) == before
+    assert result.stderr.startswith('error: ') and 'config.model' in result.stderr
+
+
+def contents(workdir: Path) -> dict[str, Any]:
+    """Files and what they hold, but for checkpoints that a killed run left half-written."""
+    return {name: data for name, (_, data) in snapshot(workdir).items() if 'tmp' not in name}
