@@ -16,7 +16,7 @@ def get_config() -> config_dict.ConfigDict:
 
     config.batch_size = 128
     config.shards = 4  # BatchNorm over 32 examples on 1, 2 and 4 devices (Goyal et al. 2017: n = 32)
-    config.num_epochs = 18.0
+    config.num_epochs = 16.0
 
     config.schedule = 'cosine'
     config.learning_rate = 0.1

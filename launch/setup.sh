@@ -23,7 +23,7 @@ setup_environment() {
   python=$venv/bin/python
   # Installed again when what is asked for changes, or when an installation was cut short.
   wanted=$(cat "$root/setup.cfg" "$root/constraints.txt" | cksum | tr ' ' '-')
-  if [[ -e $venv/.installed-$wanted-$extras ]]; then
+  if compgen -G "$venv/.installed-$wanted-$extras*" >/dev/null; then  # with these extras, or more than none
     return
   fi
   if [[ ! -x $python ]] || ! "$python" -m pip --version >/dev/null 2>&1; then

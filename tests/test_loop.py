@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,23 +14,9 @@ from parallel_train import train as train_lib
 from parallel_train.dataset import Split
 from parallel_train.mesh import start_devices
 from parallel_train.metrics import read_rows
+from tests.models_for_tests import noise, tiny
 
 start_devices(8)
-
-
-def noise(split: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A dataset by import path: 256 train and 64 eval images of noise."""
-    rng = np.random.default_rng(len(split))
-    n = 256 if split == 'train' else 64
-    return rng.integers(0, 256, (n, 28, 28, 1), dtype=np.uint8), rng.integers(0, 10, n)
-
-
-def tiny(**fields: Any) -> Any:
-    return config_lib.Config({
-        'model': 'tests.models_for_tests:Linear', 'dataset': 'tests.test_loop:noise',
-        'batch_size': 32, 'num_epochs': 3.0, 'warmup_epochs': 1.0, 'learning_rate': 0.01,
-        'log_every_steps': 3, 'eval_batch_size': 20, **fields,
-    })  # fmt: skip
 
 
 def test_no_program_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,12 +82,21 @@ def test_divergence_ends_with_its_own_error_and_keeps_the_last_good_checkpoint(t
             assert np.isfinite(row['loss'])
 
 
+def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
+    fields = {'num_epochs': 6.0, 'learning_rate': 0.3, 'schedule': 'constant', 'warmup_epochs': 0.0}
+    train_lib.train_and_evaluate(tiny(keep_checkpoints=2, **fields), tmp_path, devices=1)
+    accuracy = {row['step']: row['accuracy'] for row in read_rows(tmp_path) if row['split'] == 'eval'}
+    saved = {int(path.name) for path in (tmp_path / 'checkpoints').iterdir()}
+    assert {40, 48} <= saved and len(saved) <= 3
+    assert max(accuracy[step] for step in saved) == max(accuracy.values())
+
+
 SOAK = """
 import sys
 from pathlib import Path
 from parallel_train import start_devices
 start_devices({devices})
-from tests.test_loop import tiny
+from tests.models_for_tests import tiny
 from parallel_train.train import train_and_evaluate
 config = tiny(model='cnn', num_epochs={epochs}, log_every_steps=1000, data_placement='host',
               eval_every_epochs=0.0, checkpoint_every_epochs=0.0)

@@ -1,0 +1,95 @@
+"""What the README says can be typed, works; so do the scripts in launch/ and the recipes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parallel_train import config as config_lib
+from parallel_train.plan import make_plan
+from tests.conftest import ROOT, environment, run_ok
+
+README = (ROOT / 'README.md').read_text()
+# What makes a command quick here and leaves it the same command.
+QUICK = '--config.num_epochs=1 --config.warmup_epochs=0.5 --config.batch_size=64 --config.log_every_steps=5'
+
+
+def commands() -> list[list[str]]:
+    found = re.findall(r'^    python -m parallel_train (.*)$', README, re.MULTILINE)
+    return [shlex.split(command) for command in found]
+
+
+def blocks() -> list[str]:
+    return re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+
+
+def test_commands_of_the_readme(tmp_path: Path, data_dir: Path) -> None:
+    """In their order, from a folder with the README's own files; on the small set, and few steps."""
+    shutil.copytree(ROOT / 'configs', tmp_path / 'configs')
+    programs = []
+    for block in blocks():
+        name = re.match(r'# (\w+\.py)\n', block)
+        if name:
+            (tmp_path / name[1]).write_text(block)
+        else:
+            programs.append(block)
+    ran = []
+    for command in commands():
+        flags = [f'--data_dir={data_dir}']
+        if command[0] == 'train':
+            flags += QUICK.split() + ([] if '--devices=4' in command else ['--devices=2'])
+        run_ok(*command, *flags, cwd=tmp_path)
+        ran.append(command[0])
+    assert ran.count('train') >= 3 and {'plan', 'evaluate'} <= set(ran)
+    [program] = programs
+    done = subprocess.run(
+        [sys.executable, '-c', program + '\nprint(logits.shape)'],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == '(1, 10)', done.stderr
+
+
+def test_links_of_the_readme_and_docs() -> None:
+    for page in [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), ROOT / 'benchmarks' / 'README.md']:
+        for target in re.findall(r'\]\((?!http)([^)#]+)\)', page.read_text()):
+            assert (page.parent / target).exists(), f'{page.name}: {target}'
+
+
+def test_quickstart(tmp_path: Path, data_dir: Path) -> None:
+    """The script itself, with the environment that these tests run in instead of one of its own."""
+    prefix = Path(sys.prefix)
+    if not list(prefix.glob('.installed-*')):
+        pytest.skip('needs an environment made by launch/test.sh, else it would install packages')
+    command = [
+        ROOT / 'launch' / 'quickstart.sh', f'--data_dir={data_dir}', f'--workdir={tmp_path / "run"}',
+        '--devices=2', *QUICK.split(),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [*map(str, command)], env=environment(VENV=str(prefix)), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'test accuracy' in done.stdout and (tmp_path / 'run' / 'report.html').exists()
+
+
+@pytest.mark.parametrize('script', sorted((ROOT / 'launch').glob('*.sh')) + [ROOT / '.ci' / 'run'])
+def test_scripts_are_bash(script: Path) -> None:
+    subprocess.run(['bash', '-n', str(script)], check=True)
+
+
+@pytest.mark.parametrize('recipe', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem)
+def test_recipes_plan_on_any_devices(recipe: Path) -> None:
+    config = config_lib.complete(config_lib.load(recipe))
+    for devices in (1, 2, 4):
+        assert make_plan(config, 60_000, 10_000, devices).warnings == []
+
+
+def test_architecture_names_every_file() -> None:
+    text = (ROOT / 'docs' / 'architecture.md').read_text()
+    for path in (ROOT / 'parallel_train').glob('*.py'):
+        assert path.name.startswith('__') or f'`{path.name}`' in text, path.name
