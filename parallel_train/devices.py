@@ -31,7 +31,7 @@ from parallel_train.state import initialise
 from parallel_train.step import make_train_step
 from parallel_train.workdir import planned_devices, write_atomically
 
-_SECONDS_PER_COUNT = 2.0
+_ROUNDS, _SECONDS_PER_ROUND = 5, 0.4
 _IRRELEVANT = RUN_FIELDS + (
     'seed', 'dataset', 'train_split', 'eval_split', 'num_train_examples', 'num_eval_examples',
     'num_epochs', 'warmup_epochs', 'schedule', 'learning_rate', 'learning_rate_scaling',
@@ -110,25 +110,34 @@ def estimate(config: Any) -> int:
 
 
 def fastest(config: Any, sizes: Sizes, counts: list[int], say: Callable[[str], None]) -> int:
-    """Measures the step on each of `counts` devices, remembers and returns the fastest count."""
+    """Measures the step on each of `counts` devices, remembers and returns the fastest count.
+
+    The counts take turns, so that a machine that is busy for a moment is so for all of them.
+    """
     say(f'measuring the step on {", ".join(map(str, counts))} XLA CPU devices (once, then remembered)')
-    rates = {c: _images_per_second(config, sizes, c) for c in counts}
-    for c, rate in rates.items():
-        say(f'  {c:>3} devices  {rate:8,.0f} images/s')
+    seconds_per_step = {count: _stepper(config, sizes, count) for count in counts}
+    rounds = [{count: measure() for count, measure in seconds_per_step.items()} for _ in range(_ROUNDS)]
+    rates = {
+        count: config.batch_size / statistics.median(seconds[count] for seconds in rounds) for count in counts
+    }
+    for count, rate in rates.items():
+        say(f'  {count:>3} device{"s" if count > 1 else " "}  {rate:8,.0f} images/s')
     count = max(rates, key=lambda c: rates[c])
     _remember(_key(config, sizes), count)
     return count
 
 
-def _images_per_second(config: Any, sizes: Sizes, count: int) -> float:
-    """Steps/s of the real step on a resident batch of noise, median of three rounds, × batch."""
+def _stepper(config: Any, sizes: Sizes, count: int) -> Callable[[], float]:
+    """Returns a function that measures the compiled step, on a resident batch of noise: seconds."""
     batch = config.batch_size
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, *sizes.input_shape), dtype=np.uint8)
     labels = rng.integers(0, sizes.num_classes, batch, dtype=np.int32)
     mesh = make_mesh(count)
     data = gather(Split(images, labels, ()), np.arange(batch, dtype=np.int32), mesh)
-    step = make_train_step(config, make_plan(config, batch, 1, count), mesh)
+    one_epoch = config.copy_and_resolve_references().unlock()
+    one_epoch.num_epochs = 1.0  # however short the run is
+    step = make_train_step(config, make_plan(one_epoch, batch, 1, count), mesh)
     state = initialise(config, 0.0, mesh)
 
     def run(steps: int) -> float:
@@ -137,11 +146,11 @@ def _images_per_second(config: Any, sizes: Sizes, count: int) -> float:
         for _ in range(steps):
             state = step(state, data)
         jax.block_until_ready(state.step)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / steps
 
     run(2)  # the first compiles
-    steps = max(1, round(_SECONDS_PER_COUNT / 3 / run(1)))
-    return batch * steps / statistics.median(run(steps) for _ in range(3))
+    steps = max(1, round(_SECONDS_PER_ROUND / run(1)))
+    return lambda: run(steps)
 
 
 def _memory_file() -> Path:
