@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained Fashion-MNIST model, on every device of this machine.
-# Usage: ./launch/quickstart.sh [flags of `train`, such as --config.num_epochs=2 --devices=4]
+# Usage: ./launch/quickstart.sh [flags of `train`, such as --config.num_epochs=2 --devices=4; --from=DIR of `prepare`]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
@@ -12,17 +12,15 @@ workdir=runs/fashion_mnist
 if (($#)); then
   workdir+=-$(printf '%s\n' "$@" | cksum | cut -d' ' -f1)
 fi
-data_dir=()
+prepare=()
+train=(--workdir="$workdir") # of a flag given twice the last counts, so the user's own wins
 for flag in "$@"; do
   case $flag in
     --config=*) config=${flag#*=} ;;
-    --data_dir=*) data_dir=("$flag") ;;
+    --from=*) prepare+=("$flag") ;;
+    --data_dir=* | --config.*) prepare+=("$flag") train+=("$flag") ;;
+    *) train+=("$flag") ;;
   esac
 done
-"$python" -m parallel_train prepare --config="$config" "${data_dir[@]}"
-# Of a flag given twice the last counts, so the user's --workdir and --config win.
-flags=(--workdir="$workdir")
-for flag in "$@"; do
-  [[ $flag == --config=* ]] || flags+=("$flag")
-done
-exec "$python" -m parallel_train train --config="$config" "${flags[@]}"
+"$python" -m parallel_train prepare --config="$config" "${prepare[@]}"
+exec "$python" -m parallel_train train --config="$config" "${train[@]}"

@@ -11,7 +11,9 @@ inside the step: 'image', 'label', 'index' (which example of the split), for eva
 from __future__ import annotations
 
 import collections
+import itertools
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -115,8 +117,7 @@ class HostFeed:
         self._split, self._config, self._plan, self._mesh = split, config, plan, mesh
         self._epoch = -1
         self._rows = np.zeros((0, 0), np.int32)
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix='feed')
-        self._ahead: collections.deque[tuple[int, Future[Data]]] = collections.deque()
+        self._stream: Iterator[Data] | None = None
         self.wait_seconds = 0.0
 
     def _row(self, step: int) -> np.ndarray:
@@ -131,29 +132,39 @@ class HostFeed:
 
     def at(self, step: int) -> Data:
         """Returns the data of the update that completes step `step + 1`; steps come in order."""
-        if not self._ahead:
-            self._first = step
-        while len(self._ahead) < _STEPS_AHEAD:
-            later = self._ahead[-1][0] + 1 if self._ahead else step
-            if later >= self._plan.num_steps:
-                break
-            job = self._pool.submit(gather, self._split, self._row(later), self._mesh)
-            self._ahead.append((later, job))
-        at, job = self._ahead.popleft()
-        assert at == step, (at, step)
+        if self._stream is None:
+            rows = (self._row(later) for later in range(step, self._plan.num_steps))
+            self._stream = gather_ahead(self._split, rows, self._mesh)
         start = time.perf_counter()
-        data = job.result()
+        data = next(self._stream)
         self.wait_seconds += time.perf_counter() - start
         return data
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._stream = None  # which ends its threads
 
 
 def make_feed(split: Split, config: Any, plan: Plan, mesh: Mesh) -> ResidentFeed | HostFeed:
     """Returns where the train step takes its data from."""
     kind = ResidentFeed if resident(split, config.data_placement, mesh) else HostFeed
     return kind(split, config, plan, mesh)
+
+
+def gather_ahead(
+    split: Split, rows: Iterable[np.ndarray], mesh: Mesh, weights: Iterable[np.ndarray] | None = None
+) -> Iterator[Data]:
+    """Yields what `gather` gives for each row of examples, threads being a few rows ahead."""
+    ahead: collections.deque[Future[Data]] = collections.deque()
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix='feed')
+    try:
+        for row, weight in zip(rows, itertools.repeat(None) if weights is None else weights):  # noqa: B905, rows decide
+            ahead.append(pool.submit(gather, split, row, mesh, weight))
+            if len(ahead) > _STEPS_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def gather(split: Split, examples: np.ndarray, mesh: Mesh, weights: Any = None) -> Data:

@@ -71,7 +71,10 @@ class Checkpoints:
           state: the state.
           metrics: of the eval split at this step, if it was evaluated.
         """
-        self._manager.save(step, args=ocp.args.StandardSave(saved_parts(state)), metrics=metrics, force=True)
+        saving = self._manager.save(
+            step, args=ocp.args.StandardSave(saved_parts(state)), metrics=metrics, force=True
+        )
+        assert saving, step
 
     def restore(self, template: TrainState, sharding: Any, step: int | None = None) -> TrainState:
         """Returns a state from a checkpoint, every array laid out as `sharding` says.
@@ -102,7 +105,8 @@ class Checkpoints:
         except (ValueError, KeyError) as error:
             raise UserError(
                 f'workdir={str(self._workdir)!r}: its checkpoint does not hold the arrays of this '
-                'config.model and config.optimizer; name another workdir'
+                'config.model and config.optimizer, or is damaged; name another workdir '
+                f'({str(error).strip().splitlines()[0]})'
             ) from error
         return template.replace(**parts)
 

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _run(list(argv))
     except UserError as error:
-        if '--debug' in argv:
+        if any(a.lstrip('-').lower() in ('debug', 'debug=true', 'debug=1') for a in argv):
             traceback.print_exc()
         print(f'error: {error}', file=sys.stderr)
         return USER_ERROR

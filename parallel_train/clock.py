@@ -12,7 +12,6 @@ class Clock:
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._done: set[str] = set()
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -23,16 +22,6 @@ class Clock:
             yield
         finally:
             self.add(name, time.perf_counter() - start)
-
-    @contextlib.contextmanager
-    def first_time(self, what: str, name: str) -> Iterator[bool]:
-        """Like `timed`, the first time that `what` is done; gives whether it is."""
-        if what in self._done:
-            yield False
-            return
-        self._done.add(what)
-        with self.timed(name):
-            yield True
 
     def add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds

@@ -118,6 +118,12 @@ def evaluate(config: Any, values: Any) -> None:
             )
     data_dir = dataset.default_data_dir(values.data_dir)
     split = dataset.load_split(trained.dataset, trained.eval_split, data_dir)
+    shape, classes = split.images.shape[1:], split.num_classes
+    if shape != tuple(trained.input_shape) or classes > trained.num_classes:
+        raise UserError(
+            f'config.dataset={trained.dataset!r}: has images {shape} in {classes} classes, but the model in '
+            f'{workdir} takes {tuple(trained.input_shape)} and knows {trained.num_classes}'
+        )
     sizes = dataset.Sizes(0, len(split.images), split.images.shape[1:], split.num_classes, '')
     count = choose_devices(trained, sizes, values.devices, workdir, lambda _: None, measure=False)
     mesh = make_mesh(count)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from parallel_train.errors import UserError
+from parallel_train.machine import cores
 from parallel_train.prepared import Prepared, exclusive, sync
 
 _EXAMPLES_PER_WORKER = 5_000  # below this, starting a process costs more than it saves
@@ -97,9 +98,7 @@ def decode_to_files(set_path: Path, split: str, images: Path, labels: Path) -> N
     or its label is negative.
     """
     num_examples = len(np.load(labels, mmap_mode='r'))
-    num_workers = min(
-        len(os.sched_getaffinity(0)), _MAX_WORKERS, max(1, num_examples // _EXAMPLES_PER_WORKER)
-    )
+    num_workers = min(cores(), _MAX_WORKERS, max(1, num_examples // _EXAMPLES_PER_WORKER))
     if num_workers == 1:
         return _decode_files(set_path, split, images, labels, 0, num_examples)
     bounds = [num_examples * k // num_workers for k in range(num_workers + 1)]

@@ -21,11 +21,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from parallel_train import machine
 from parallel_train.batches import gather
 from parallel_train.config import RUN_FIELDS
 from parallel_train.dataset import Sizes, Split
 from parallel_train.errors import UserError
-from parallel_train.mesh import make_mesh, start_devices
+from parallel_train.mesh import backend_runs, make_mesh, start_devices, usable_cpu_devices
 from parallel_train.plan import make_plan
 from parallel_train.state import initialise
 from parallel_train.step import make_train_step
@@ -69,7 +70,11 @@ def choose_devices(
         return make_mesh(asked).size
     last = planned_devices(workdir) if workdir else None
     fitting = [last] if last and _fits(config, last) else candidates(config)
-    count = fitting[0] if len(fitting) == 1 else remembered(config, sizes)
+    if backend_runs() and jax.default_backend() == 'cpu':  # then the devices are what they are
+        most = usable_cpu_devices()
+        fitting = [count for count in fitting if count <= most] or [1]
+    known = remembered(config, sizes)
+    count = fitting[0] if len(fitting) == 1 else known if known in fitting else None
     start_devices(count or max(fitting))
     if jax.default_backend() != 'cpu':
         return len(jax.devices())
@@ -83,7 +88,7 @@ def candidates(config: Any, cores: int | None = None) -> list[int]:
 
     From a half to four times the cores; 1 where none of those fits.
     """
-    cores = cores or os.cpu_count() or 1
+    cores = cores or machine.cores()
     fitting = [count for count in (2**k for k in range(11)) if _fits(config, count)]
     return [c for c in fitting if cores / 2 <= c <= 4 * cores] or [max(fitting, default=1)]
 
@@ -104,7 +109,7 @@ def remembered(config: Any, sizes: Sizes) -> int | None:
 
 def estimate(config: Any) -> int:
     """Returns a count without measuring: the most that fit, up to two a core."""
-    cores = os.cpu_count() or 1
+    cores = machine.cores()
     counts = candidates(config, cores)
     return max((c for c in counts if c <= 2 * cores), default=min(counts))
 
@@ -160,8 +165,8 @@ def _memory_file() -> Path:
 
 def _key(config: Any, sizes: Sizes) -> str:
     relevant = {k: v for k, v in config.to_dict().items() if k not in _IRRELEVANT}
-    machine = [platform.processor(), platform.machine(), os.cpu_count(), version('jaxlib')]
-    what = json.dumps([relevant, sizes.input_shape, sizes.num_classes, machine], sort_keys=True)
+    here = [platform.processor(), platform.machine(), machine.cores(), version('jaxlib')]
+    what = json.dumps([relevant, sizes.input_shape, sizes.num_classes, here], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,6 +15,8 @@ from parallel_train.dataset import Split
 from parallel_train.mesh import put_whole
 from parallel_train.state import TrainState
 from parallel_train.step import make_eval_step
+
+_IN_FLIGHT = 8
 
 
 class Evaluator:
@@ -36,10 +40,11 @@ class Evaluator:
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Returns 'loss' and 'accuracy' (means over the split) and 'num_examples'."""
-        sums = [
-            self._step(state.params, state.batch_stats, self._batch(i), np.int32(i))
-            for i in range(len(self._indices))
-        ]
+        sums: list[dict[str, jax.Array]] = []
+        for i, data in enumerate(self._batches()):
+            sums.append(self._step(state.params, state.batch_stats, data, np.int32(i)))
+            if i >= _IN_FLIGHT:  # so many batches are on the devices at most
+                jax.block_until_ready(sums[i - _IN_FLIGHT])
         # Added in float64: the split may be larger than float32 can count.
         total = {name: float(np.sum([np.float64(s[name]) for s in jax.device_get(sums)])) for name in sums[0]}
         num_examples = round(total['examples'])
@@ -50,7 +55,7 @@ class Evaluator:
             'num_examples': num_examples,
         }
 
-    def _batch(self, i: int) -> batches.Data:
+    def _batches(self) -> Iterable[batches.Data]:
         if self._data is not None:
-            return self._data
-        return batches.gather(self._split, self._indices[i], self._mesh, self._weights[i])
+            return itertools.repeat(self._data, len(self._indices))
+        return batches.gather_ahead(self._split, self._indices, self._mesh, self._weights)

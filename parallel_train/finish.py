@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,12 @@ import numpy as np
 from parallel_train import augment
 from parallel_train.clock import Clock
 from parallel_train.dataset import Split
+from parallel_train.machine import environment
 from parallel_train.metrics import Row
 from parallel_train.plan import Plan
 from parallel_train.recorder import Recorder
 from parallel_train.report import Samples, Summary, write_report
-from parallel_train.state import TrainState, create_model
+from parallel_train.state import TrainState, create_model, eval_flags
 
 _SAMPLES_FROM = 500  # examples of the eval split that the samples are picked from
 _SAMPLES, _WRONG = 24, 8
@@ -67,18 +66,6 @@ def _results(config: Any, plan: Plan, rows: list[Row], recorder: Recorder) -> di
     return results
 
 
-def environment() -> dict[str, str]:
-    """Returns what a result may depend on: versions, devices, machine."""
-    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
-    return {
-        'Python': platform.python_version(),
-        **{name: version(name) for name in packages},
-        'device kind': f'{jax.devices()[0].device_kind} ({jax.default_backend()})',
-        'processes': str(jax.process_count()),
-        'system': platform.platform(),
-    }
-
-
 def command() -> str:
     """Returns the command line of this process, as one would type it; '' if it was not the CLI."""
     import shlex
@@ -97,7 +84,7 @@ def _samples(config: Any, state: TrainState, split: Split) -> Samples:
     variables = jax.device_put(jax.device_get(variables), one)
 
     def probabilities_of(variables: Any, images: jax.Array) -> jax.Array:
-        logits: Any = model.apply(variables, augment.normalise(images))
+        logits: Any = model.apply(variables, augment.normalise(images), **eval_flags(model))
         return jax.nn.softmax(logits)
 
     probabilities = np.asarray(jax.jit(probabilities_of)(variables, images))

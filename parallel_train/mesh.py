@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parallel_train.errors import UserError
+from parallel_train.machine import cores
 from parallel_train.reduce import DATA_AXIS
 
 # Threads in the pool of XLA's CPU client, at least. The size of the pool changes the last bits of some
@@ -35,21 +36,35 @@ def start_devices(cpu_devices: int) -> None:
     """
     if cpu_devices > MAX_CPU_DEVICES:
         raise UserError(f'devices={cpu_devices}: must be at most {MAX_CPU_DEVICES}')
-    try:
-        # Refused once the backend runs, unless it is the number there is: hence another one first.
-        jax.config.update('jax_num_cpu_devices', cpu_devices + 1)
-        jax.config.update('jax_num_cpu_devices', cpu_devices)
-    except RuntimeError:
+    if backend_runs():
         if jax.default_backend() == 'cpu':
             _check_running_cpu_client(cpu_devices)
         return
+    jax.config.update('jax_num_cpu_devices', cpu_devices)
     os.environ['NPROC'] = str(max(_default_threads(), MIN_CPU_THREADS, 2 * cpu_devices))
     jax.devices()
 
 
 def _default_threads() -> int:
     asked = os.environ.get('NPROC', '')
-    return int(asked) if asked.isdigit() else os.cpu_count() or 1
+    return int(asked) if asked.isdigit() else cores()
+
+
+def backend_runs() -> bool:
+    """Whether JAX has started its backend, so that the number of CPU devices is settled."""
+    number: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    try:
+        # Refused once the backend runs, unless it is the number there is: hence another one first.
+        jax.config.update('jax_num_cpu_devices', number + 1 if number > 0 else 1)
+        jax.config.update('jax_num_cpu_devices', number)
+    except RuntimeError:
+        return True
+    return False
+
+
+def usable_cpu_devices() -> int:
+    """Returns how many devices of a running CPU backend can be used without the risk of a hang."""
+    return max(1, min(len(jax.devices()), _default_threads() // 2))
 
 
 def _check_running_cpu_client(cpu_devices: int) -> None:

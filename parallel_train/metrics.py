@@ -44,7 +44,7 @@ class MetricsLog:
     def write(self, row: Row) -> None:
         self.rows.append(row)
         self._written.add((row['split'], row['step']))
-        self._file.write(json.dumps(row) + '\n')
+        self._file.write(json.dumps(row, allow_nan=False) + '\n')
         self._file.flush()
         for name, value in row.items():
             if name not in ('split', 'step') and math.isfinite(value):
@@ -54,6 +54,7 @@ class MetricsLog:
         """Returns once every row is on disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._events.flush()
 
     def close(self) -> None:
         self.sync()

@@ -63,6 +63,14 @@ class Plan:
         """Whether what happens every so many steps happens once `step` updates are completed."""
         return step == self.num_steps or step % every_steps == 0
 
+    def check_reaches(self, step: int) -> None:
+        """Raises UserError if a run that has trained `step` steps is past the plan's last one."""
+        if step > self.num_steps:
+            raise UserError(
+                f'config.num_epochs={self.num_epochs:g}: is {self.num_steps} steps, but {step} are trained '
+                f'already; use at least {self.epoch_of(step):g}, or another workdir'
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as `plan.json` holds it."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -120,7 +128,7 @@ def make_plan(
     warmup_steps = next((math.ceil(p.length) for p in pieces if p.shape == 'linear'), 0)
     decay_steps = next((math.ceil(p.length) for p in pieces if p.shape == 'cosine'), 0)
     boundaries = [math.ceil(piece.begin) for piece in pieces[1:]]
-    marks = sorted({0, *(b for b in boundaries if b < num_steps), num_steps - 1, num_steps})
+    marks = sorted({0, *boundaries, num_steps - 1, num_steps})
     return Plan(
         num_train_examples=num_train_examples,
         num_eval_examples=num_eval_examples,
@@ -215,8 +223,8 @@ def _warnings(config: Any, pieces: Iterable[Piece], steps_per_epoch: int, num_st
     final = rate_at(tuple(pieces), num_steps - 1)
     if last.shape == 'cosine' and num_steps <= last.begin:
         warnings.append(
-            f'TRAINING ENDS INSIDE THE WARMUP: num_epochs={config.num_epochs:g} is not more than '
-            f'warmup_epochs={config.warmup_epochs:g}, so the peak rate is never used; '
+            f'TRAINING ENDS INSIDE THE WARMUP: its {num_steps} steps (num_epochs={config.num_epochs:g}) end '
+            f'before the {last.begin:g} of the warmup do, so the peak rate is never used; '
             f'training ends at rate {final:.6g}.'
         )
     elif last.shape == 'cosine' and num_steps < math.floor(last.begin + last.length):

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from parallel_train.errors import Diverged
@@ -28,6 +29,12 @@ def _fetch(sums: dict[str, jax.Array]) -> _Fetched:
     return values, time.perf_counter()
 
 
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
 class Recorder:
     """Writes rows of train and eval metrics, and shows them."""
 
@@ -35,14 +42,14 @@ class Recorder:
         self._plan, self._mesh, self._log, self._progress = plan, mesh, log, progress
         self._pool = ThreadPoolExecutor(1, thread_name_prefix='metrics')
         self._pending: tuple[int, float, Future[_Fetched]] | None = None
-        self._wait_seconds = 0.0
         self.steps_seen, self.step_seconds = 0, 0.0  # of all rows so far, for the mean throughput
         self.restart(step)
 
-    def restart(self, step: int) -> None:
+    def restart(self, step: int, wait_seconds: float = 0.0) -> None:
         """Starts a new interval for throughput: after a compilation, an evaluation, a save."""
         self.settle()
         self._interval = (step, time.perf_counter())
+        self._wait_seconds = wait_seconds
 
     def log(self, state: TrainState, step: int, wait_seconds: float) -> TrainState:
         """Makes the row of the updates since the one before; returns the state with fresh sums.
@@ -62,6 +69,7 @@ class Recorder:
     def evaluated(self, step: int, result: dict[str, float]) -> None:
         """Writes the row of an evaluation after `step` updates."""
         self.settle()
+        self._check(result, step)
         row = {'split': 'eval', 'step': step, 'epoch': self._plan.epoch_of(step), **result}
         self._log.write(row)
         self._progress.show(row)
@@ -75,13 +83,15 @@ class Recorder:
         self._write_pending()
 
     def sync(self, state: TrainState) -> None:
-        """Returns once every row is on disk, and `state` is known to be finite as far as rows tell.
+        """Returns once every row is on disk and `state` is known to be fit to be kept.
 
         Raises:
-          Diverged: the updates since the last row were not finite.
+          Diverged: a row, the updates since, or the state itself is not finite.
         """
         self.settle()
         self._check(_fetch(state.sums)[0], int(state.step))
+        finite = bool(_all_finite((state.params, state.opt_state, state.batch_stats)))
+        self._check({'state': 0.0 if finite else math.nan}, int(state.step))
         self._log.sync()
 
     def _write_pending(self) -> None:
@@ -96,6 +106,8 @@ class Recorder:
         self.steps_seen += step - begin
         self.step_seconds += seconds
         updates = sums['updates']
+        if not updates:  # resumed at this step, whose row was there but for a lost metrics.jsonl
+            return
         row: dict[str, Any] = {
             'split': 'train',
             'step': step,

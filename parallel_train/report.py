@@ -28,7 +28,7 @@ TIME_COLORS = {
     'data wait': '#d55e00',
     'eval': '#009e73',
     'save': '#cc79a7',
-    'other': '#8b949e',
+    'start-up': '#8b949e',
 }  # Okabe and Ito (2008), told apart in every common form of colour blindness
 
 
@@ -38,7 +38,7 @@ class Summary:
 
     title: the page's heading; results: label to text, the large tiles ('test accuracy': '0.9251');
     seconds: part of the run to wall seconds ('step', 'compile', 'data wait', 'eval', 'save',
-    'other'); environment: label to text (versions, device kind); command: how the run was started,
+    'start-up'); environment: label to text (versions, device kind); command: how the run was started,
     '' for one rebuilt from the config.
     """
 
@@ -208,7 +208,7 @@ def _time_spent(seconds: Mapping[str, float], rows: Sequence[Row]) -> str:
     order = [*(k for k in TIME_COLORS if k in parts), *(k for k in parts if k not in TIME_COLORS)]
     bar, legend = [], []
     for name in order if total else []:
-        color, share = TIME_COLORS.get(name, TIME_COLORS['other']), 100 * parts[name] / total
+        color, share = TIME_COLORS.get(name, TIME_COLORS['start-up']), 100 * parts[name] / total
         if share >= 0.05:
             bar.append(f'<i style="background:{color};flex-grow:{share:.3f}"></i>')
         legend.append(

@@ -76,6 +76,11 @@ def takes_train(model: nn.Module) -> bool:
     return 'train' in inspect.signature(type(model).__call__).parameters
 
 
+def eval_flags(model: nn.Module) -> dict[str, Any]:
+    """Returns the keyword arguments that call the model as in evaluation."""
+    return {'train': False} if takes_train(model) else {}
+
+
 def create_optimizer(config: Any, learning_rate_fn: Any) -> optax.GradientTransformation:
     """Returns the optax optimizer that the config describes, on the given schedule (or rate).
 
@@ -114,7 +119,7 @@ def create_train_state(rng: jax.Array, config: Any, learning_rate_fn: Any) -> Tr
     model = create_model(config)
     shape = tuple(config.input_shape) or GUIDE_INPUT_SHAPE
     try:
-        variables = model.init(rng, jnp.ones((1, *shape), jnp.float32))
+        variables = model.init(rng, jnp.ones((1, *shape), jnp.float32), **eval_flags(model))
     except Exception as error:  # whatever the model says to an image that it does not take
         raise UserError(
             f'config.model={config.model!r}: does not take images of shape {shape}: '

@@ -9,6 +9,7 @@ masks, belongs to a shard, so the function computed does not depend on the numbe
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,14 @@ from parallel_train import config as config_lib
 from parallel_train.errors import UserError
 from parallel_train.mesh import is_cpu
 from parallel_train.plan import Plan
-from parallel_train.state import KEY_IMPL, TrainState, create_model, takes_train
+from parallel_train.state import (
+    KEY_IMPL,
+    TrainState,
+    abstract_state,
+    create_model,
+    eval_flags,
+    takes_train,
+)
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
@@ -63,24 +71,28 @@ def _forward(config: Any, apply_fn: Callable[..., Any]) -> _Forward:
     return _Forward(apply_fn, _import_loss(config), takes_train(create_model(config)))
 
 
-def check_model_and_loss(config: Any, template: TrainState) -> None:
+def check_model_and_loss(config: Any) -> None:
     """Checks, without computing anything, that model and loss give what the step needs.
 
     Args:
-      config: with the dataset's `input_shape` and `num_classes`.
-      template: the state's shapes (`abstract_state`).
+      config: complete, with the dataset's `input_shape` and `num_classes`.
 
     Raises:
-      UserError: the model gives no logits, or fewer than there are classes; the loss gives no losses and
-        weights for each example.
+      UserError: the model gives no logits, or fewer than there are classes, or fails in training mode;
+        the loss gives no losses and weights for each example.
     """
-    model, examples = create_model(config), 2
+    template = abstract_state(config, lambda _: 0.0)
+    model, loss, examples = create_model(config), _import_loss(config), 2
     batch = {
         'image': jax.ShapeDtypeStruct((examples, *config.input_shape), jnp.float32),
         'label': jax.ShapeDtypeStruct((examples,), jnp.int32),
     }
     variables = {'params': template.params, 'batch_stats': template.batch_stats}
-    logits: Any = jax.eval_shape(lambda v, x: model.apply(v, x), variables, batch['image'])
+
+    def logits_of(variables: Any, images: jax.Array) -> Any:
+        return model.apply(variables, images, **eval_flags(model))
+
+    logits = _shapes('model', config.model, logits_of, variables, batch['image'])
     shape = getattr(logits, 'shape', type(logits).__name__)
     if len(shape) != 2 or shape[0] != examples:
         raise UserError(
@@ -93,15 +105,7 @@ def check_model_and_loss(config: Any, template: TrainState) -> None:
             f'{config.dataset!r} go up to {config.num_classes - 1}; it must give at least '
             f'{config.num_classes}'
         )
-    try:
-        given = jax.eval_shape(_import_loss(config), logits, batch)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the loss says to logits and labels
-        raise UserError(
-            f'config.loss={config.loss!r}: cannot be called with logits {shape} and a batch of '
-            f'{sorted(batch)}: {type(error).__name__}: {error}'
-        ) from error
+    given = _shapes('loss', config.loss, loss, logits, batch)
     parts = given if isinstance(given, tuple) else (given,)
     shapes = [getattr(part, 'shape', None) for part in parts]
     if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0] is None or shapes[0][:1] != (examples,):
@@ -109,6 +113,22 @@ def check_model_and_loss(config: Any, template: TrainState) -> None:
             f'config.loss={config.loss!r}: must return per-example losses and weights of one shape '
             f'[batch, ...], not {shapes} for {examples} examples'
         )
+    train = functools.partial(_forward(config, model.apply), train=True)
+    key = jax.eval_shape(lambda: jax.random.key(0, impl=KEY_IMPL))
+    _shapes(
+        'model', config.model, lambda p, s, b, k: train(p, s, b, dropout_key=k),
+        template.params, template.batch_stats, batch, key,
+    )  # fmt: skip
+
+
+def _shapes(field: str, value: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Returns the shapes that the user's function gives; what it raises is the user's mistake."""
+    try:
+        return jax.eval_shape(function, *args)
+    except Exception as error:
+        raise UserError(
+            f'config.{field}={value!r}: cannot be used in training: {type(error).__name__}: {error}'
+        ) from error
 
 
 def _import_loss(config: Any) -> Loss:

@@ -43,8 +43,13 @@ class Run:
     recorder: Recorder
     log: MetricsLog
     checkpoints: Checkpoints
-    train_steps: dict[int, Callable[[TrainState, Any], TrainState]]  # by steps in one dispatch
+    train_steps: dict[int, Any]  # by steps in one dispatch, as `make_train_step` gives them
     step: int
+    compiled: dict[int, Callable[[TrainState, Any], TrainState]] = dataclasses.field(default_factory=dict)
+
+    def restart_interval(self) -> None:
+        """Leaves what was just waited for (a compilation, an evaluation, a save) out of throughput."""
+        self.recorder.restart(self.step, self.feed.wait_seconds)
 
 
 def train_and_evaluate(
@@ -77,15 +82,15 @@ def train_and_evaluate(
     config = config_lib.complete(config)
     sizes = dataset.find_sizes(config, data_dir)
     config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
+    check_model_and_loss(config)
+    workdir_lib.check(workdir, config, allow_plan_change)
     examples = sizes.num_train_examples, sizes.num_eval_examples
     if devices is not None:
         make_plan(config, *examples, devices)  # what does not fit is refused before devices are made
     plan = make_plan(config, *examples, choose_devices(config, sizes, devices, workdir, say=print))
+    workdir_lib.check_plan(workdir, config, plan, allow_plan_change)
     mesh = mesh_lib.make_mesh(plan.num_devices)
-    workdir_lib.check(workdir, config, plan, allow_plan_change)
     learning_rate_fn = create_learning_rate_fn(config, plan.peak_learning_rate, plan.steps_per_epoch)
-    template = abstract_state(config, learning_rate_fn)
-    check_model_and_loss(config, template)
     train_split = dataset.load_split(config.dataset, config.train_split, data_dir)
     eval_split = dataset.load_split(config.dataset, config.eval_split, data_dir)
     print(plan_table(plan, config, sizes.source), flush=True)
@@ -94,6 +99,8 @@ def train_and_evaluate(
         # The state: the latest checkpoint's, on whatever devices there are now, or a new one.
         start = checkpoints.latest_step() or 0
         if start:
+            plan.check_reaches(start)
+            template = abstract_state(config, learning_rate_fn)
             state = checkpoints.restore(template, mesh_lib.replicated(mesh))
             print(f'resuming from step {start:,} of {plan.num_steps:,}', flush=True)
         else:
@@ -122,7 +129,9 @@ def train_and_evaluate(
                 state = do_what_is_due(state, run)
             while run.step < plan.num_steps:
                 state = train_epoch(state, run)
-            checkpoints.wait()
+            clock.add('data wait', feed.wait_seconds)
+            with clock.timed('save'):
+                checkpoints.wait()
     finish(workdir, config, plan, log.rows, state, eval_split, clock, run.recorder)
     return state
 
@@ -133,11 +142,13 @@ def train_epoch(state: TrainState, run: Run) -> TrainState:
     end = min((run.step // plan.steps_per_epoch + 1) * plan.steps_per_epoch, plan.num_steps)
     while run.step < end:
         count = next_dispatch(run, end)
-        with run.clock.first_time(f'train step × {count}', 'compile') as is_first:
-            state = run.train_steps[count](state, run.feed.at(run.step))
+        data = run.feed.at(run.step)
+        if count not in run.compiled:
+            with run.clock.timed('compile'):
+                run.compiled[count] = run.train_steps[count].lower(state, data).compile()
+            run.restart_interval()
+        state = run.compiled[count](state, data)
         run.step += count
-        if is_first:
-            run.recorder.restart(run.step)  # compiling is not throughput
         state = do_what_is_due(state, run)
     return state
 
@@ -177,10 +188,10 @@ def do_what_is_due(state: TrainState, run: Run) -> TrainState:
         with run.clock.timed('eval'):
             evaluation = run.evaluator(state)
         run.recorder.evaluated(step, evaluation)
-        run.recorder.restart(step)
+        run.restart_interval()
     if plan.is_due(step, plan.checkpoint_every_steps) and run.checkpoints.latest_step() != step:
         run.recorder.sync(state)
         with run.clock.timed('save'):
             run.checkpoints.save(step, state, evaluation)
-        run.recorder.restart(step)
+        run.restart_interval()
     return state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ def planned_devices(workdir: Path) -> int | None:
     return devices if isinstance(devices, int) else None
 
 
-def check(workdir: Path, config: Any, plan: Plan, allow_plan_change: bool) -> None:
-    """Checks that this job may write to `workdir`; writes nothing that stays.
+def check(workdir: Path, config: Any, allow_plan_change: bool) -> None:
+    """Checks that a job with this config may write to `workdir`; writes nothing that stays.
 
     Raises:
       UserError: it cannot be written, or holds another job: names the fields that differ.
@@ -93,32 +94,42 @@ def check(workdir: Path, config: Any, plan: Plan, allow_plan_change: bool) -> No
                 'them is not known; name another workdir'
             )
         return
-    differing = _differences(there, read_json(workdir / PLAN) or {}, config, plan)
-    if differing and not allow_plan_change:
+    new = json.loads(config_lib.to_json(config))
+    _refuse_differences(workdir, there, new, config_lib.RUN_FIELDS, 'config.', allow_plan_change)
+
+
+def check_plan(workdir: Path, config: Any, plan: Plan, allow_plan_change: bool) -> None:
+    """Checks that the job in `workdir`, if there is one, has this plan, but for the hardware.
+
+    Raises:
+      UserError: names the fields that differ.
+    """
+    hardware: tuple[str, ...] = (*HARDWARE_FIELDS, 'warnings')
+    if not config.shards:  # 0 means as many as the hardware takes
+        hardware += ('shards', 'examples_per_shard')
+    there = read_json(workdir / PLAN) or {}
+    _refuse_differences(workdir, there, plan.to_dict(), hardware, '', allow_plan_change)
+
+
+def _refuse_differences(
+    workdir: Path,
+    old: dict[str, Any],
+    new: dict[str, Any],
+    free: Collection[str],
+    prefix: str,
+    allowed: bool,
+) -> None:
+    differing = [
+        f'{prefix}{key} was {old[key]!r} and is {value!r}'
+        for key, value in new.items()
+        if key in old and key not in free and old[key] != value
+    ]
+    if differing and not allowed:
         raise UserError(
             f'workdir={str(workdir)!r}: holds a job with another config or plan: '
             f'{"; ".join(differing)}. Name another workdir, undo the change, or continue this job with '
             'the change by --allow_plan_change'
         )
-
-
-def _differences(old_config: dict[str, Any], old_plan: dict[str, Any], config: Any, plan: Plan) -> list[str]:
-    new_config = json.loads(config_lib.to_json(config))
-    lines = [
-        f'config.{key} was {old_config[key]!r} and is {value!r}'
-        for key, value in new_config.items()
-        if key in old_config and key not in config_lib.RUN_FIELDS and old_config[key] != value
-    ]
-    if lines:
-        return lines
-    hardware: tuple[str, ...] = HARDWARE_FIELDS + ('warnings',)
-    if not config.shards:  # 0 means as many as the hardware takes
-        hardware += ('shards', 'examples_per_shard')
-    return [
-        f'{key} was {old_plan[key]!r} and is {value!r}'
-        for key, value in plan.to_dict().items()
-        if key in old_plan and key not in hardware and old_plan[key] != value
-    ]
 
 
 def claim(workdir: Path, config: Any, plan: Plan) -> None:

@@ -27,7 +27,7 @@ SUMMARY = Summary(
         'step': 180.0,
         'eval': 5.0,
         'save': 1.0,
-        'other': 7.5,
+        'start-up': 7.5,
     },
     environment={'jax': '0.10.2', 'device kind': 'cpu & "friends"'},
     command='python -m parallel_train train --config=configs/fashion_mnist.py',

@@ -82,8 +82,10 @@ def distance(a: Any, b: Any, start: Any) -> float:
     return norm(a, b) / norm(a, start)
 
 
-@pytest.mark.parametrize('model', ['cnn', 'norm_dropout'])
-@pytest.mark.parametrize(('devices', 'accumulation'), [(8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize(
+    ('model', 'devices', 'accumulation'),
+    [(m, d, a) for m in ('cnn', 'norm_dropout') for d, a in ((8, 1), (2, 4), (1, 8))] + [('resnet', 8, 1)],
+)
 def test_any_devices_compute_what_one_computes(model: str, devices: int, accumulation: int) -> None:
     """20 plain-SGD steps with 8 shards.
 
@@ -96,7 +98,7 @@ def test_any_devices_compute_what_one_computes(model: str, devices: int, accumul
     many = train(config, devices, 20, make_split())
     assert int(many.step) == int(one.step) == 20
     assert distance(many.params, one.params, start.params) < 1e-4
-    if model == 'norm_dropout':
+    if model != 'cnn':
         assert distance(many.batch_stats, one.batch_stats, start.batch_stats) < 1e-4
     for name in ('loss', 'accuracy', 'grad_norm', 'updates'):
         assert many.sums[name] == pytest.approx(one.sums[name], rel=1e-4)
@@ -208,10 +210,18 @@ def test_several_steps_in_one_dispatch_are_the_same_steps() -> None:
     assert float(a.sums['updates']) == float(b.sums['updates']) == 6
 
 
-@pytest.mark.parametrize('model', ['cnn', 'norm_dropout'])
-def test_evaluation_counts_every_example_once_at_any_batch_size(model: str) -> None:
-    """A thousand examples here; ten thousand, from the command line, in test_cli.py."""
-    split = make_split(1000)
+def test_accumulation_in_a_scan_is_accumulation_unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lax.scan` is for accelerators; here it is made to run on the CPU."""
+    config = make_config('norm_dropout', accumulation_steps=4)
+    unrolled = train(config, 2, 5, make_split())
+    monkeypatch.setattr('parallel_train.step.is_cpu', lambda mesh: False)
+    scanned = train(config, 2, 5, make_split())
+    assert distance(scanned.params, unrolled.params, one_device('norm_dropout', 0).params) < 1e-4
+
+
+@pytest.mark.parametrize(('model', 'size'), [('linear', 10_000), ('norm_dropout', 1000)])
+def test_evaluation_counts_every_example_once_at_any_batch_size(model: str, size: int) -> None:
+    split = make_split(size)
     config = make_config(model)
     state = initialise(config, 0.1, make_mesh(1))
     logits = state.apply_fn(
@@ -229,7 +239,7 @@ def test_evaluation_counts_every_example_once_at_any_batch_size(model: str) -> N
         config = make_config(model, eval_batch_size=batch_size, data_placement=placement)
         state = initialise(config, 0.1, mesh)
         result = Evaluator(split, config, mesh, state)(state)
-        assert result['num_examples'] == 1000
+        assert result['num_examples'] == size
         assert result['loss'] == pytest.approx(float(loss), rel=1e-5)
         assert result['accuracy'] == pytest.approx(accuracy, abs=1e-9)
 
