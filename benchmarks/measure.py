@@ -146,8 +146,8 @@ class Loop:
 
         run, plan = self.run, self.run.plan
         run.step = (run.step // plan.steps_per_epoch + 2) * plan.steps_per_epoch - steps
-        run.recorder.restart(run.step)
         with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+            run.recorder.restart(run.step)
             start = time.perf_counter()
             self.state = train_epoch(self.state, run)
             wait_for(self.state)
