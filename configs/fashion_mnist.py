@@ -24,6 +24,7 @@ def get_config() -> config_dict.ConfigDict:
     config.warmup_epochs = 1.0
     config.optimizer = 'sgd'
     config.momentum = 0.9
+    config.random_flip = True  # about half a percent of accuracy
 
     # For planning without the data.
     config.num_train_examples = 60_000

@@ -32,6 +32,8 @@ def random_crop_and_flip(images: jax.Array, keys: jax.Array, padding: int, flip:
 
     def one(image: jax.Array, key: jax.Array) -> jax.Array:
         shift_key, flip_key = jax.random.split(key)
+        if not padding:  # no gather
+            return jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image) if flip else image
         down, right = jax.random.randint(shift_key, (2,), -padding, padding + 1)
         rows = jnp.arange(height) + down
         columns = jnp.arange(width) + right
