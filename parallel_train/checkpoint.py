@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from parallel_train.errors import UserError
@@ -43,7 +44,12 @@ def open_checkpoints(workdir: Path, keep: int = 1, read_only: bool = False) -> I
     directory = (workdir / CHECKPOINTS).resolve()
     if read_only and not directory.is_dir():
         raise UserError(f'workdir={str(workdir)!r}: holds no checkpoints; train first')
-    manager = ocp.CheckpointManager(directory, options=options)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # else Orbax warns of what `read_only` means
+    try:
+        manager = ocp.CheckpointManager(directory, options=options)
+    finally:
+        logging.set_verbosity(verbosity)
     try:
         yield Checkpoints(manager, workdir)
     finally:
@@ -93,19 +99,21 @@ class Checkpoints:
                 f'step={"latest" if step is None else step}: {self._workdir} has no such checkpoint; '
                 f'it has {", ".join(map(str, steps)) or "none"}'
             )
+        chosen = self._manager.latest_step() if step is None else step
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             saved_parts(template),
         )
         try:
             parts = self._manager.restore(
-                self._manager.latest_step() if step is None else step,
+                chosen,
                 args=ocp.args.StandardRestore(target),
             )
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # of many kinds, from Orbax and TensorStore
             raise UserError(
                 f'workdir={str(self._workdir)!r}: its checkpoint does not hold the arrays of this '
-                'config.model and config.optimizer, or is damaged; name another workdir '
+                'config.model and config.optimizer, or is damaged; name another workdir, or '
+                f'delete {CHECKPOINTS}/{chosen} to go on from the checkpoint before '
                 f'({str(error).strip().splitlines()[0]})'
             ) from error
         return template.replace(**parts)

@@ -191,9 +191,9 @@ def _sizes_of_prepared(config: Any, data_dir: Path, prepared: Prepared) -> tuple
 
 def _ranges(prepared: Prepared, config: Any, field: str) -> list[tuple[str, int, int]]:
     try:
-        return prepared.ranges(config[field])
+        return prepared.ranges(getattr(config, field))
     except UserError as error:
-        raise UserError(f'config.{field}={config[field]!r}: {error}') from error
+        raise UserError(f'config.{field}={getattr(config, field)!r}: {error}') from error
 
 
 def _sizes_of_tfds(name: str, must_know: bool) -> tuple[dict[str, Any], str]:
@@ -246,7 +246,13 @@ def _call(name: str, split: str, data_dir: Path | None) -> Split:
     function = import_object('dataset', name)
     if not callable(function):
         raise UserError(f'config.dataset={name!r}: must name a function')
-    result = function(split, data_dir)
+    try:
+        result = function(split, data_dir)
+    except Exception as error:
+        raise UserError(
+            f'config.dataset={name!r}: fails when called as function({split!r}, {str(data_dir)!r}): '
+            f'{type(error).__name__}: {error}'
+        ) from error
     names: tuple[str, ...] = ()
     if isinstance(result, tuple | list) and len(result) == 2:
         images, labels = result

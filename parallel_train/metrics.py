@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from parallel_train.errors import UserError
 from parallel_train.workdir import METRICS, write_atomically
 
 Row = dict[str, Any]
@@ -15,13 +16,26 @@ TIMING_FIELDS = ('examples_per_second', 'data_wait_fraction')
 
 
 def read_rows(workdir: Path) -> list[Row]:
-    """Returns the rows of a run's `metrics.jsonl`; a last line cut off by a crash is left out."""
+    """Returns the rows of a run's `metrics.jsonl`; a last line torn by a crash is left out.
+
+    Raises:
+      UserError: another line is no row.
+    """
     try:
         lines = (workdir / METRICS).read_text().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    whole = [line for line in lines if line.endswith('\n') and line.strip()]
-    return [json.loads(line) for line in whole]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({**row, 'split': row['split'], 'step': int(row['step'])})
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise UserError(
+                    f'workdir={str(workdir)!r}: line {number} of {METRICS} is no row of metrics; remove it'
+                ) from error
+    return rows
 
 
 class MetricsLog:

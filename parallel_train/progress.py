@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -16,7 +17,7 @@ class Progress:
         self._plan, self._enabled = plan, enabled
         self._start, self._from_step = time.perf_counter(), from_step
         self._bar = None
-        if enabled and sys.stderr.isatty():
+        if enabled and sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0:
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -24,7 +25,7 @@ class Progress:
                 initial=from_step,
                 unit='step',
                 dynamic_ncols=True,
-                bar_format='{desc} {bar} {percentage:3.0f}% {postfix} {remaining} left',
+                bar_format='{bar} {percentage:3.0f}%  {desc}  {remaining} left',
             )
 
     def show(self, row: dict[str, Any]) -> None:
@@ -39,11 +40,9 @@ class Progress:
             return
         if self._bar is not None:
             self._bar.set_description_str(
-                f'epoch {row["epoch"]:.2f}/{self._plan.num_epochs:g}', refresh=False
-            )
-            self._bar.set_postfix_str(
-                f'step {row["step"]}  loss {row["loss"]:.3f}  acc {row["accuracy"]:.3f}  '
-                f'rate {row["learning_rate"]:.4g}  {row["examples_per_second"]:,.0f} images/s',
+                f'epoch {row["epoch"]:.2f}/{self._plan.num_epochs:g}  step {row["step"]}  '
+                f'loss {row["loss"]:.3f}  acc {row["accuracy"]:.3f}  rate {row["learning_rate"]:.4g}  '
+                f'{row["examples_per_second"]:,.0f} images/s',
                 refresh=False,
             )
             self._bar.update(row['step'] - self._bar.n)

@@ -82,7 +82,7 @@ def check_model_and_loss(config: Any) -> None:
         the loss gives no losses and weights for each example.
     """
     template = abstract_state(config, lambda _: 0.0)
-    model, loss, examples = create_model(config), _import_loss(config), 2
+    model, loss, examples = create_model(config), _import_loss(config), 5
     batch = {
         'image': jax.ShapeDtypeStruct((examples, *config.input_shape), jnp.float32),
         'label': jax.ShapeDtypeStruct((examples,), jnp.int32),
@@ -121,13 +121,20 @@ def check_model_and_loss(config: Any) -> None:
     )  # fmt: skip
 
 
+_CALLED_AS = {
+    'model': 'called as model(images, train=...), with a key for dropout alone',
+    'loss': "called as loss(logits, batch), labels being batch['label']; see losses.py",
+}
+
+
 def _shapes(field: str, value: str, function: Callable[..., Any], *args: Any) -> Any:
     """Returns the shapes that the user's function gives; what it raises is the user's mistake."""
     try:
         return jax.eval_shape(function, *args)
     except Exception as error:
         raise UserError(
-            f'config.{field}={value!r}: cannot be used in training: {type(error).__name__}: {error}'
+            f'config.{field}={value!r}: cannot be used in training: {type(error).__name__}: {error} '
+            f'({_CALLED_AS[field]})'
         ) from error
 
 

@@ -102,6 +102,9 @@ def train_and_evaluate(
             plan.check_reaches(start)
             template = abstract_state(config, learning_rate_fn)
             state = checkpoints.restore(template, mesh_lib.replicated(mesh))
+            if start == plan.num_steps and (workdir / 'report.html').exists():
+                print(f'already complete at step {start:,}; report: {(workdir / "report.html").resolve()}')
+                return state
             print(f'resuming from step {start:,} of {plan.num_steps:,}', flush=True)
         else:
             state = initialise(config, learning_rate_fn, mesh)
