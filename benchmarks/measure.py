@@ -174,7 +174,7 @@ def recipe(**overrides: Any) -> Any:
     from parallel_train import config as config_lib
 
     config = config_lib.load(RECIPE)
-    config.update({'num_epochs': 1000.0, 'learning_rate': 1e-3, 'random_flip': False})
+    config.update({'num_epochs': 1000.0, 'learning_rate': 1e-3, 'batch_size': 256})
     config.update({'eval_every_epochs': 0.0, 'checkpoint_every_epochs': 0.0, **overrides})
     return config_lib.complete(config)
 
