@@ -13,7 +13,7 @@ from parallel_train import augment
 from parallel_train.clock import Clock
 from parallel_train.dataset import Split
 from parallel_train.machine import environment
-from parallel_train.metrics import Row
+from parallel_train.metrics import Row, read_rows
 from parallel_train.plan import Plan
 from parallel_train.recorder import Recorder
 from parallel_train.report import Samples, Summary, write_report
@@ -50,6 +50,13 @@ def finish(
     )
     report = write_report(workdir, summary, plan.rate, _samples(config, state, eval_split))
     print(f'report: {report.resolve()}', flush=True)
+
+
+def say_complete(workdir: Path, step: int) -> None:
+    """Prints the results of a run that was finished before."""
+    evaluations = [row for row in read_rows(workdir) if row['split'] == 'eval']
+    accuracy = f', eval accuracy {evaluations[-1]["accuracy"]:.4f}' if evaluations else ''
+    print(f'already complete at step {step:,}{accuracy}; report: {(workdir / "report.html").resolve()}')
 
 
 def _results(config: Any, plan: Plan, rows: list[Row], recorder: Recorder) -> dict[str, str]:

@@ -21,7 +21,7 @@ from parallel_train.checkpoint import Checkpoints, open_checkpoints
 from parallel_train.clock import Clock
 from parallel_train.devices import choose_devices
 from parallel_train.evaluate import Evaluator
-from parallel_train.finish import finish
+from parallel_train.finish import finish, say_complete
 from parallel_train.metrics import MetricsLog
 from parallel_train.plan import Plan, make_plan
 from parallel_train.progress import Progress
@@ -103,7 +103,7 @@ def train_and_evaluate(
             template = abstract_state(config, learning_rate_fn)
             state = checkpoints.restore(template, mesh_lib.replicated(mesh))
             if start == plan.num_steps and (workdir / 'report.html').exists():
-                print(f'already complete at step {start:,}; report: {(workdir / "report.html").resolve()}')
+                say_complete(workdir, start)
                 return state
             print(f'resuming from step {start:,} of {plan.num_steps:,}', flush=True)
         else:

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from parallel_train.errors import UserError
 from parallel_train.report import Samples, Summary, write_report
 
 STEPS_PER_EPOCH = 234
@@ -272,7 +273,7 @@ def test_last_line_cut_short(tmp_path: Path) -> None:
     assert (tmp_path / 'report.html').read_text() == page
     with open(tmp_path / 'metrics.jsonl', 'a') as file:
         file.write('\n' + json.dumps(train_row(2340)) + '\n')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(UserError, match='is no row of metrics'):
         write_report(tmp_path, SUMMARY, make_rate(234, 2106))
 
 
