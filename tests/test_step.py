@@ -244,7 +244,8 @@ def test_evaluation_counts_every_example_once_at_any_batch_size(model: str, size
         result = Evaluator(split, config, mesh, state)(state)
         assert result['num_examples'] == size
         assert result['loss'] == pytest.approx(float(loss), rel=1e-5)
-        assert result['accuracy'] == pytest.approx(accuracy, abs=1e-6)
+        # Logits differ in their last bits between batch sizes, which may turn a near tie or two.
+        assert result['accuracy'] == pytest.approx(accuracy, abs=2.5 / size)
 
 
 def test_augmentation_belongs_to_the_example() -> None:
