@@ -62,7 +62,7 @@ class Recorder:
         state, sums = take_sums(state, self._mesh)
         waited, self._wait_seconds = wait_seconds - self._wait_seconds, wait_seconds
         job = self._pool.submit(_fetch, sums)
-        self._write_pending()
+        self.settle()
         self._pending = (step, waited, job)
         return state
 
@@ -80,21 +80,6 @@ class Recorder:
         Raises:
           Diverged: a row's loss or gradient norm is not finite.
         """
-        self._write_pending()
-
-    def sync(self, state: TrainState) -> None:
-        """Returns once every row is on disk and `state` is known to be fit to be kept.
-
-        Raises:
-          Diverged: a row, the updates since, or the state itself is not finite.
-        """
-        self.settle()
-        self._check(_fetch(state.sums)[0], int(state.step))
-        finite = bool(_all_finite((state.params, state.opt_state, state.batch_stats)))
-        self._check({'state': 0.0 if finite else math.nan}, int(state.step))
-        self._log.sync()
-
-    def _write_pending(self) -> None:
         if self._pending is None:
             return
         step, waited, job = self._pending
@@ -122,6 +107,18 @@ class Recorder:
         self._check(sums, step)  # first: NaN is no JSON
         self._log.write(row)
         self._progress.show(row)
+
+    def sync(self, state: TrainState) -> None:
+        """Returns once every row is on disk and `state` is known to be fit to be kept.
+
+        Raises:
+          Diverged: a row, the updates since, or the state itself is not finite.
+        """
+        self.settle()
+        self._check(_fetch(state.sums)[0], int(state.step))
+        finite = bool(_all_finite((state.params, state.opt_state, state.batch_stats)))
+        self._check({'state': 0.0 if finite else math.nan}, int(state.step))
+        self._log.sync()
 
     def _check(self, sums: dict[str, float], step: int) -> None:
         if not all(math.isfinite(value) for value in sums.values()):
