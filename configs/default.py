@@ -38,7 +38,9 @@ def get_config() -> config_dict.ConfigDict:
     # The batch is `shards` equal parts. BatchNorm statistics and dropout keys belong to a shard, so with
     # `shards` fixed the result does not depend on the number of devices. 0: devices × accumulation_steps.
     config.shards = 0
-    config.reduction = 'pmean'  # how gradients are averaged over the devices
+    # How gradients are added over the devices: pmean (one all-reduce) | tree (the same bits on any number of
+    # devices and processes; needs `shards`, a power of two).
+    config.reduction = 'pmean'
 
     # The rate of each step.
     config.schedule = 'cosine'  # cosine (linear warmup first) | constant (no warmup)

@@ -52,19 +52,27 @@ def specs(data: Data) -> dict[str, P]:
     return {name: _SPECS[name] for name in data}
 
 
-def local_batch(data: Data, row: jax.Array) -> Data:
+def local_batch(data: Data, row: jax.Array, part: tuple[jax.Array, int] | None = None) -> Data:
     """Returns a device's examples of one step, inside the step.
 
     Args:
       data: this device's part of what a feed gave.
       row: which step of the epoch (or of the evaluation), int32 scalar.
+      part: (i, n) for the i-th of n equal parts of them alone.
     """
+
+    def of_part(array: jax.Array) -> jax.Array:
+        if part is None:
+            return array
+        size = array.shape[0] // part[1]
+        return jax.lax.dynamic_slice_in_dim(array, part[0] * size, size)
+
     if 'order' not in data:
-        return data
-    index = data['order'][row]
+        return jax.tree.map(of_part, data)
+    index = of_part(data['order'][row])
     batch = {'image': data['images'][index], 'label': data['labels'][index], 'index': index}
     if 'weights' in data:
-        batch['weight'] = data['weights'][row]
+        batch['weight'] = of_part(data['weights'][row])
     return batch
 
 

@@ -31,6 +31,7 @@ BUILT_IN_MODELS = {
 BUILT_IN_LOSSES = {'softmax_cross_entropy': 'parallel_train.losses:softmax_cross_entropy'}
 SCHEDULES = ('cosine', 'constant')
 OPTIMIZERS = ('sgd', 'adamw')
+REDUCTIONS = ('pmean', 'tree')
 
 # Fields that change how a run uses the hardware or reports, but not what it computes: a resume may
 # change them freely. `data_placement` and `steps_per_dispatch` give the same examples in the same steps.
@@ -127,7 +128,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'num_epochs': _number(0, exclusive=True),
     'accumulation_steps': _integer(1),
     'shards': _integer(0),
-    'reduction': _one_of('pmean'),
+    'reduction': _one_of(*REDUCTIONS),
     'schedule': _one_of(*SCHEDULES),
     'learning_rate': _number(0),
     'learning_rate_scaling': _one_of('none', 'linear', 'sqrt'),

@@ -25,8 +25,10 @@ class Evaluator:
     def __init__(self, split: Split, config: Any, mesh: Mesh, state: TrainState):
         self._split, self._mesh = split, mesh
         self._step = make_eval_step(config, mesh, state.apply_fn)
+        # With 'tree' a batch is `shards` chunks, whatever the number of devices.
+        parts = config.shards if config.reduction == 'tree' else mesh.size
         self._indices, self._weights = order.eval_batches(
-            len(split.images), config.eval_batch_size, multiple_of=mesh.size
+            len(split.images), config.eval_batch_size, multiple_of=parts
         )
         self._data: batches.Data | None = None
         if batches.resident(split, config.data_placement, mesh):
@@ -46,7 +48,8 @@ class Evaluator:
             if i >= _IN_FLIGHT:  # so many batches are on the devices at most
                 jax.block_until_ready(sums[i - _IN_FLIGHT])
         # Added in float64: the split may be larger than float32 can count.
-        total = {name: float(np.sum([np.float64(s[name]) for s in jax.device_get(sums)])) for name in sums[0]}
+        fetched = jax.device_get(sums)
+        total = {name: float(np.sum(np.array([s[name] for s in fetched], np.float64))) for name in sums[0]}
         num_examples = round(total['examples'])
         assert num_examples == len(self._split.images), (num_examples, len(self._split.images))
         return {

@@ -201,6 +201,11 @@ def _check_fit(
             f'{devices} × {accumulation} = {turns}, or 0 for exactly that many; '
             f'{_near_multiples(shards, turns)}'
         )
+    if config.reduction == 'tree' and (shards < 1 or shards & (shards - 1)):
+        raise UserError(
+            f"config.shards={shards}: must be a power of two with config.reduction='tree', which adds the "
+            f'shards in a binary tree; such as {1 << max(turns - 1, 0).bit_length()}'
+        )
     parts = shards or turns  # a multiple of `turns` either way
     near = _near_multiples(batch_size, parts, at_most=num_train_examples)
     if batch_size % turns:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import jax
+import jax.flatten_util
 
 DATA_AXIS = 'data'
 Tree = TypeVar('Tree')
@@ -34,3 +35,30 @@ def sum_over_devices(tree: Tree) -> Tree:
     One `psum` of the whole tree, so that it compiles to one all-reduce per dtype.
     """
     return jax.lax.psum(tree, DATA_AXIS)
+
+
+def add_in_tree(tree: Tree, num_devices: int) -> Tree:
+    """Returns the tree summed over the devices, the same on each, added in a fixed binary tree.
+
+    Pairs (i, i^1) exchange and add, then (i, i^2), and so on, so that devices 2k and 2k+1 are added first,
+    as neighbouring shards on one device are: the sum's bits depend on the order of the shards alone.
+    Addition commutes, so both of a pair get the same bits. The arrays travel as one.
+
+    Args:
+      tree: of float32 arrays.
+      num_devices: a power of two.
+    """
+    flat, unravel = jax.flatten_util.ravel_pytree(tree)
+    assert flat.dtype == 'float32', flat.dtype
+    distance = 1
+    while distance < num_devices:
+        pairs = [(i, i ^ distance) for i in range(num_devices)]
+        # The barrier keeps the additions from being merged into something else.
+        flat = jax.lax.optimization_barrier(flat + jax.lax.ppermute(flat, DATA_AXIS, pairs))
+        distance *= 2
+    return unravel(flat)
+
+
+def gather_from_devices(tree: Tree) -> Tree:
+    """Returns each array with an axis more in front, its values on every device: [devices, ...]."""
+    return jax.lax.all_gather(tree, DATA_AXIS)

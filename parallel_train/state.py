@@ -31,12 +31,14 @@ class TrainState(train_state.TrainState):
     `step` is an int32 scalar, the number of completed updates. `batch_stats` is the model's collection
     of this name, {} if it has none. `key` is the raw data (uint32 [2]) of the key that dropout and
     augmentation are derived from. `sums` are float32 scalars, sums over the updates since they were
-    last taken: 'loss', 'accuracy', 'grad_norm', and 'updates', their number.
+    last taken: 'loss', 'accuracy', 'grad_norm', and 'updates', their number. `skipped` (int32) counts the
+    steps whose loss or gradient was not finite (update.py).
     """
 
     batch_stats: Any = None
     key: jax.Array = None  # type: ignore[assignment]
     sums: dict[str, jax.Array] = None  # type: ignore[assignment]
+    skipped: jax.Array = None  # type: ignore[assignment]
 
 
 def zero_sums() -> dict[str, jax.Array]:
@@ -134,6 +136,7 @@ def create_train_state(rng: jax.Array, config: Any, learning_rate_fn: Any) -> Tr
         # Another stream than that of the parameters, which callers derive from the seed as well.
         key=jax.random.key_data(jax.random.fold_in(key, 1)),
         sums=zero_sums(),
+        skipped=jnp.zeros((), jnp.int32),
     ).replace(step=jnp.zeros((), jnp.int32))  # an array: a Python int would compile the step twice
 
 

@@ -29,7 +29,8 @@ from parallel_train.recorder import Recorder
 from parallel_train.schedule import create_learning_rate_fn
 from parallel_train.show_plan import plan_table
 from parallel_train.state import TrainState, abstract_state, initialise
-from parallel_train.step import check_model_and_loss, make_train_step
+from parallel_train.forward import check_model_and_loss
+from parallel_train.step import make_train_step
 
 
 @dataclasses.dataclass

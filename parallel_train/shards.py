@@ -1,0 +1,87 @@
+"""What does a shard of the batch compute? Its examples, its keys, and the sums that it adds to the step's.
+
+The global batch is `shards` equal parts, fixed by the config. What depends on a batch beyond its mean,
+BatchNorm's statistics and dropout's masks, belongs to a shard, so the function computed does not depend
+on the number of devices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from parallel_train import augment, batches
+from parallel_train.forward import Batch, Forward
+from parallel_train.plan import Plan
+from parallel_train.state import KEY_IMPL
+
+Sums = dict[str, Any]
+
+
+def take_shards(
+    step: jax.Array, key: jax.Array, data: Batch, config: Any, plan: Plan, first: jax.Array, part: Any = None
+) -> tuple[Batch, jax.Array]:
+    """Returns shards of this device as the model takes them, and a dropout key for each.
+
+    Args:
+      step: completed updates, int32.
+      key: of the run, raw data.
+      data: this device's part of what a feed gave.
+      config: complete.
+      plan: its plan.
+      first: the number, among all shards, of the device's first.
+      part: (which part, of how many) of the device's shards; None for all of them.
+
+    Returns:
+      A batch with arrays [shards taken, examples per shard, ...]; keys [shards taken].
+    """
+    dropout_key, augment_key = jax.random.split(jax.random.wrap_key_data(key, impl=KEY_IMPL))
+    epoch, row = jnp.divmod(step, plan.steps_per_epoch)
+    batch = _prepare(batches.local_batch(data, row, part), config, augment_key, epoch)
+    count = plan.shards // plan.num_devices
+    if part is not None:
+        count //= part[1]
+        first = first + part[0] * count
+    shard_keys = jax.vmap(lambda shard: jax.random.fold_in(jax.random.fold_in(dropout_key, step), shard))(
+        first + jnp.arange(count)
+    )
+    shape = (count, plan.examples_per_shard)
+    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}, shard_keys
+
+
+def sums_of_shards(forward: Forward, params: Any, batch_stats: Any, shards: tuple[Batch, jax.Array]) -> Sums:
+    """Returns sums over the given shards: 'loss', 'grads' (of it), 'correct', 'weight', 'batch_stats'.
+
+    All shards are mapped over the data alone, so that matrix products stay large.
+    """
+
+    def loss_of(params: Any) -> tuple[jax.Array, Sums]:
+        def shard_loss(shard: Batch, shard_key: jax.Array) -> Any:
+            return forward(params, batch_stats, shard, True, shard_key)
+
+        loss, sums, stats = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(shard_loss)(*shards))
+        return loss, {**sums, 'batch_stats': stats}
+
+    (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return {'loss': loss, 'grads': grads, **sums}
+
+
+def eval_sums(forward: Forward, params: Any, batch_stats: Any, batch: Batch) -> Sums:
+    """Returns sums over a batch in evaluation, float32 scalars.
+
+    'loss' (losses × weights), 'correct', 'weight', and 'examples', how many are not padding.
+    """
+    batch = {**batch, 'image': augment.normalise(batch['image'])}
+    loss, sums, _ = forward(params, batch_stats, batch, train=False)
+    return {'loss': loss, 'examples': jnp.sum(batch['weight']), **sums}
+
+
+def _prepare(batch: Batch, config: Any, key: jax.Array, epoch: jax.Array) -> Batch:
+    """Returns the batch as the model and the loss take it: augmented, float32 in [0, 1]."""
+    images = batch['image']
+    if config.random_crop_padding or config.random_flip:
+        keys = augment.example_keys(key, epoch, batch['index'])
+        images = augment.random_crop_and_flip(images, keys, config.random_crop_padding, config.random_flip)
+    return {'image': augment.normalise(images), 'label': batch['label']}

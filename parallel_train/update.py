@@ -1,0 +1,51 @@
+"""How do the sums of a batch become an update? And what if they are not finite?
+
+A loss or gradient that is NaN or infinite is never applied. Up to `skip_nonfinite` such steps are skipped:
+they count as steps, so that data, schedule and the optimizer's counts go on, while parameters, moments
+and statistics stay. One more, and the state is frozen as it was before that step: whatever the host has
+dispatched meanwhile changes nothing, until it sees `state.skipped` and stops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from parallel_train.plan import Plan
+from parallel_train.shards import Sums
+from parallel_train.state import TrainState
+
+
+def apply_update(state: TrainState, sums: Sums, plan: Plan, skip_nonfinite: int) -> TrainState:
+    """Returns the state after one update from the sums over all shards of the global batch.
+
+    The gradient is sums['grads'] / sums['weight']; new batch statistics are the shards' mean; loss,
+    accuracy and gradient norm are added to `state.sums`.
+    """
+    grads = jax.tree.map(lambda g: g / sums['weight'], sums['grads'])
+    batch_stats = jax.tree.map(lambda s: s / plan.shards, sums['batch_stats'])
+    measured = {
+        'loss': sums['loss'] / sums['weight'],
+        'accuracy': sums['correct'] / sums['weight'],
+        'grad_norm': optax.global_norm(grads),
+        'updates': jnp.ones((), jnp.float32),
+    }
+    finite = _all_finite((measured, batch_stats))
+    frozen = state.skipped > skip_nonfinite
+    skipped = state.skipped + jnp.where(finite | frozen, 0, 1)
+    goes_on = skipped <= skip_nonfinite
+    new = state.apply_gradients(grads=grads, batch_stats=batch_stats)
+    new = new.replace(sums=jax.tree.map(jnp.add, state.sums, measured))
+
+    def kept(old: jax.Array, new: jax.Array) -> jax.Array:
+        counts = jnp.issubdtype(new.dtype, jnp.integer)  # the step's and the optimizer's
+        return jnp.where(goes_on if counts else finite & goes_on, new, old)
+
+    return jax.tree.map(kept, state, new).replace(skipped=skipped)
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
