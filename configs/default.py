@@ -63,9 +63,12 @@ def get_config() -> config_dict.ConfigDict:
     config.log_every_steps = 50
     config.eval_every_epochs = 1.0  # 0: only at the end
     config.checkpoint_every_epochs = 1.0  # 0: only at the end
+    config.checkpoint_every_steps = 0  # instead of so many epochs; 0: by epochs
+    config.checkpoint_every_minutes = 0.0  # and besides, after so many minutes; 0: not
     config.keep_checkpoints = 3  # the latest so many, and the best on the eval split
 
     # How it runs on the hardware; the result is the same.
     config.data_placement = 'auto'  # auto | device (whole dataset on each device) | host (fed each step)
     config.steps_per_dispatch = 1  # steps in one program on GPUs and TPUs; CPUs always take 1
+    config.divergence_check_steps = 500  # compares the devices' copies of the state; 0: only when saving
     return config

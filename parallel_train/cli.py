@@ -11,9 +11,19 @@ from absl import flags
 
 from parallel_train import commands
 from parallel_train import config as config_lib
-from parallel_train.errors import Diverged, UserError
+from parallel_train.errors import (
+    DIVERGED,
+    FAULT,
+    OK,
+    PREEMPTED,
+    USER_ERROR,
+    Diverged,
+    Preempted,
+    ReplicasDiffer,
+    UserError,
+)
 
-OK, FAULT, USER_ERROR, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
+INTERRUPTED = 130
 
 _USAGE = """usage: python -m parallel_train COMMAND --config=FILE [--config.KEY=VALUE ...] [flags]
 
@@ -47,6 +57,12 @@ def main(argv: Sequence[str]) -> int:
     except Diverged as error:
         print(f'error: {error}', file=sys.stderr)
         return DIVERGED
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        return PREEMPTED
+    except ReplicasDiffer as error:
+        print(f'error: {error}', file=sys.stderr)
+        return FAULT
     except KeyboardInterrupt:
         print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
         return INTERRUPTED

@@ -15,7 +15,7 @@ from parallel_train.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    kind: str  # 'string' | 'integer' | 'boolean'
+    kind: str  # 'string' | 'integer' | 'float' | 'boolean'
     text: str
 
 
@@ -27,6 +27,13 @@ FLAGS = {
     'from': Flag('string', 'prepare: folder with the four IDX files'),
     'json': Flag('boolean', 'plan, evaluate: JSON alone on stdout'),
     'step': Flag('integer', 'evaluate: which checkpoint (default: the latest)'),
+    'skip_nonfinite': Flag('integer', 'train: leave out up to so many steps that are not finite'),
+    'coordinator': Flag('string', 'HOST:PORT of process 0, in a job of several processes'),
+    'num_processes': Flag('integer', 'how many processes the job has'),
+    'process_id': Flag('integer', 'which of them this is, from 0'),
+    'start_timeout': Flag('float', 'seconds to wait for all processes to come (300)'),
+    'heartbeat_timeout': Flag('float', 'seconds without a sign of life of a process that end the job (60)'),
+    'stall_timeout': Flag('float', 'seconds without a step after which a process is stuck (600; 0: never)'),
     'allow_plan_change': Flag('boolean', 'train: continue a job although its config or plan changed'),
 }  # fmt: skip
 
@@ -43,6 +50,7 @@ def define_flags(values: flags.FlagValues, names: Sequence[str]) -> None:
     define = {
         'string': flags.DEFINE_string,
         'integer': flags.DEFINE_integer,
+        'float': flags.DEFINE_float,
         'boolean': flags.DEFINE_boolean,
     }
     for name in names:
@@ -92,9 +100,28 @@ def plan(config: Any, values: Any) -> None:
 
 def train(config: Any, values: Any) -> None:
     workdir = _workdir(values)
+    from parallel_train import cluster
+    from parallel_train.lifeline import Limits
+
+    given = {
+        name: values[name].value
+        for name in ('start_timeout', 'heartbeat_timeout', 'stall_timeout')
+        if values[name].value is not None
+    }
+    limits = Limits(**given)
+    skip = values.skip_nonfinite or 0
+    if skip < 0:
+        raise UserError(f'skip_nonfinite={skip}: must be at least 0')
+    found = cluster.find_cluster(values.coordinator, values.num_processes, values.process_id)
+    if found:
+        from parallel_train import processes
+
+        processes.start(found, limits.heartbeat_timeout, limits.start_timeout, say=print)
     from parallel_train.train import train_and_evaluate
 
-    train_and_evaluate(config, workdir, values.data_dir, values.devices, values.allow_plan_change)
+    train_and_evaluate(
+        config, workdir, values.data_dir, values.devices, values.allow_plan_change, skip, limits
+    )
 
 
 def evaluate(config: Any, values: Any) -> None:
@@ -128,11 +155,9 @@ def evaluate(config: Any, values: Any) -> None:
     count = choose_devices(trained, sizes, values.devices, workdir, lambda _: None, measure=False)
     mesh = make_mesh(count)
     state = load_state(trained, workdir, replicated(mesh), values.step)
-    result = {
-        'split': 'eval',
-        'step': int(state.step),
-        **Evaluator(split, trained, mesh, state)(state),
-    }
+    metrics = Evaluator(split, trained, mesh, state)(state)
+    assert metrics is not None
+    result = {'split': 'eval', 'step': int(state.step), **metrics}
     if values.json:
         print(json.dumps(result))
     else:
@@ -141,6 +166,10 @@ def evaluate(config: Any, values: Any) -> None:
             f'loss {result["loss"]:.4f}, on all {result["num_examples"]:,} examples'
         )
 
+
+_PROCESS_FLAGS = (
+    'coordinator', 'num_processes', 'process_id', 'start_timeout', 'heartbeat_timeout', 'stall_timeout',
+)  # fmt: skip
 
 COMMANDS = {
     'prepare': Command(
@@ -153,7 +182,8 @@ COMMANDS = {
     ),
     'train': Command(
         'train, evaluate and checkpoint into --workdir; resumes by itself',
-        train, ('workdir', 'data_dir', 'devices', 'allow_plan_change', 'debug'),
+        train,
+        ('workdir', 'data_dir', 'devices', 'allow_plan_change', 'skip_nonfinite', *_PROCESS_FLAGS, 'debug'),
     ),
     'evaluate': Command(
         'exact metrics of a checkpoint on the eval split',

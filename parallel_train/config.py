@@ -35,7 +35,13 @@ REDUCTIONS = ('pmean', 'tree')
 
 # Fields that change how a run uses the hardware or reports, but not what it computes: a resume may
 # change them freely. `data_placement` and `steps_per_dispatch` give the same examples in the same steps.
-RUN_FIELDS = ('data_placement', 'steps_per_dispatch', 'keep_checkpoints')
+RUN_FIELDS = (
+    'data_placement',
+    'steps_per_dispatch',
+    'keep_checkpoints',
+    'checkpoint_every_minutes',
+    'divergence_check_steps',
+)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -143,7 +149,10 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'log_every_steps': _integer(1),
     'eval_every_epochs': _number(0),
     'checkpoint_every_epochs': _number(0),
+    'checkpoint_every_steps': _integer(0),
+    'checkpoint_every_minutes': _number(0),
     'keep_checkpoints': _integer(1),
+    'divergence_check_steps': _integer(0),
     'data_placement': _one_of('auto', 'device', 'host'),
     'steps_per_dispatch': _integer(1),
 }

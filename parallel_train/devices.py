@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from parallel_train import machine
+from parallel_train import machine, processes
 from parallel_train.batches import gather
 from parallel_train.config import RUN_FIELDS
 from parallel_train.dataset import Sizes, Split
@@ -68,6 +68,8 @@ def choose_devices(
             raise UserError(f'devices={asked}: must be at least 1')
         start_devices(asked)
         return make_mesh(asked).size
+    if processes.count() > 1:
+        return _of_all_processes(config)
     last = planned_devices(workdir) if workdir else None
     fitting = [last] if last and _fits(config, last) else candidates(config)
     if backend_runs() and jax.default_backend() == 'cpu':  # then the devices are what they are
@@ -81,6 +83,14 @@ def choose_devices(
     if count:
         return count
     return fastest(config, sizes, fitting, say) if measure else estimate(config)
+
+
+def _of_all_processes(config: Any) -> int:
+    """Starts the backend of one process of several; on CPU with a device a core, where that fits."""
+    start_devices(processes.count() * max(
+        (n for n in range(1, machine.cores() + 1) if _fits(config, n * processes.count())), default=1
+    ))  # fmt: skip
+    return len(jax.devices())
 
 
 def candidates(config: Any, cores: int | None = None) -> list[int]:

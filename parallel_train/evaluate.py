@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -40,10 +40,17 @@ class Evaluator:
                 'weights': put_whole(mesh, self._weights, by_batch),
             }
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        """Returns 'loss' and 'accuracy' (means over the split) and 'num_examples'."""
+    def __call__(
+        self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Returns 'loss' and 'accuracy' (means over the split) and 'num_examples'.
+
+        None if `interrupted`, which is asked before each batch, says so.
+        """
         sums: list[dict[str, jax.Array]] = []
         for i, data in enumerate(self._batches()):
+            if interrupted():
+                return None
             sums.append(self._step(state.params, state.batch_stats, data, np.int32(i)))
             if i >= _IN_FLIGHT:  # so many batches are on the devices at most
                 jax.block_until_ready(sums[i - _IN_FLIGHT])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,11 @@ def finish(
     print(f'report: {report.resolve()}', flush=True)
 
 
-def say_complete(workdir: Path, step: int) -> None:
+def say_complete(workdir: Path, step: int, say: Callable[[str], None]) -> None:
     """Prints the results of a run that was finished before."""
     evaluations = [row for row in read_rows(workdir) if row['split'] == 'eval']
     accuracy = f', eval accuracy {evaluations[-1]["accuracy"]:.4f}' if evaluations else ''
-    print(f'already complete at step {step:,}{accuracy}; report: {(workdir / "report.html").resolve()}')
+    say(f'already complete at step {step:,}{accuracy}; report: {(workdir / "report.html").resolve()}')
 
 
 def _results(config: Any, plan: Plan, rows: list[Row], recorder: Recorder) -> dict[str, str]:

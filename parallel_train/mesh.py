@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from parallel_train import processes
 from parallel_train.errors import UserError
 from parallel_train.machine import cores
 from parallel_train.reduce import DATA_AXIS
@@ -22,7 +23,7 @@ MAX_CPU_DEVICES = 1024  # each takes two threads
 
 
 def start_devices(cpu_devices: int) -> None:
-    """Starts JAX's backend, with `cpu_devices` XLA devices if that is the CPU.
+    """Starts JAX's backend, with `cpu_devices` XLA devices in all processes if that is the CPU.
 
     On CPU the pool of XLA's client is given two threads or more a device. It runs each device's program
     as a task, which holds its thread while the program waits in an all-reduce; and once 32 programs
@@ -32,16 +33,23 @@ def start_devices(cpu_devices: int) -> None:
     environment variable NPROC when the client starts.
 
     Raises:
-      UserError: the backend runs already, on the CPU, with fewer devices or a pool that can hang.
+      UserError: the backend runs already, on the CPU, with fewer devices or a pool that can hang; or the
+        processes of the job cannot have as many each.
     """
     if cpu_devices > MAX_CPU_DEVICES:
         raise UserError(f'devices={cpu_devices}: must be at most {MAX_CPU_DEVICES}')
+    if cpu_devices % processes.count():
+        raise UserError(
+            f'devices={cpu_devices}: must be a multiple of the {processes.count()} processes, which share '
+            'them'
+        )
     if backend_runs():
         if jax.default_backend() == 'cpu':
             _check_running_cpu_client(cpu_devices)
         return
-    jax.config.update('jax_num_cpu_devices', cpu_devices)
-    os.environ['NPROC'] = str(max(_default_threads(), MIN_CPU_THREADS, 2 * cpu_devices))
+    here = cpu_devices // processes.count()
+    jax.config.update('jax_num_cpu_devices', here)
+    os.environ['NPROC'] = str(max(_default_threads(), MIN_CPU_THREADS, 2 * here))
     jax.devices()
 
 
@@ -93,6 +101,11 @@ def make_mesh(num_devices: int) -> Mesh:
         raise UserError(
             f'devices={num_devices}: there are {len(devices)} {devices[0].platform} devices; '
             f'use 1 to {len(devices)}'
+        )
+    if num_devices < len(devices) and processes.count() > 1:
+        raise UserError(
+            f'devices={num_devices}: a job of {processes.count()} processes uses all of their {len(devices)} '
+            f'{devices[0].platform} devices; leave it out, or start other processes'
         )
     return jax.make_mesh(
         (num_devices,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices[:num_devices]

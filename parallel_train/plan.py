@@ -48,6 +48,7 @@ class Plan:
     log_every_steps: int
     eval_every_steps: int
     checkpoint_every_steps: int
+    divergence_check_steps: int
     warnings: list[str]
     pieces: tuple[Piece, ...] = dataclasses.field(repr=False)
 
@@ -62,6 +63,16 @@ class Plan:
     def is_due(self, step: int, every_steps: int) -> bool:
         """Whether what happens every so many steps happens once `step` updates are completed."""
         return step == self.num_steps or step % every_steps == 0
+
+    def anything_due(self, step: int) -> bool:
+        """Whether anything happens once `step` updates are completed."""
+        every = (
+            self.log_every_steps,
+            self.eval_every_steps,
+            self.checkpoint_every_steps,
+            self.divergence_check_steps,
+        )
+        return any(self.is_due(step, steps) for steps in every)
 
     def check_reaches(self, step: int) -> None:
         """Raises UserError if a run that has trained `step` steps is past the plan's last one."""
@@ -153,7 +164,9 @@ def make_plan(
         eval_steps=-(-num_eval_examples // min(config.eval_batch_size, num_eval_examples)),
         log_every_steps=config.log_every_steps,
         eval_every_steps=_every_steps(config.eval_every_epochs, steps_per_epoch, num_steps),
-        checkpoint_every_steps=_every_steps(config.checkpoint_every_epochs, steps_per_epoch, num_steps),
+        checkpoint_every_steps=config.checkpoint_every_steps
+        or _every_steps(config.checkpoint_every_epochs, steps_per_epoch, num_steps),
+        divergence_check_steps=config.divergence_check_steps or num_steps,
         warnings=_warnings(config, pieces, steps_per_epoch, num_steps),
         pieces=pieces,
     )

@@ -6,128 +6,17 @@ The store carries what is said before and beside the collectives; nothing here w
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import socket
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+from parallel_train.cluster import Cluster
 from parallel_train.errors import UserError
 
-START_TIMEOUT = 300  # seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """How the processes of a job were found. `coordinator` is None where JAX finds it by itself."""
-
-    found_by: str
-    num_processes: int | None = None
-    process_id: int | None = None
-    coordinator: str | None = None
-    local_device_ids: tuple[int, ...] | None = None
-
-
-def find_cluster(
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    environ: Mapping[str, str] = os.environ,
-) -> Cluster | None:
-    """Returns the job that the flags or the environment tell of; None for a process on its own.
-
-    Raises:
-      UserError: flags or variables are missing, or contradict each other.
-    """
-    given = {'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) < len(given):
-        if missing:
-            raise UserError(
-                f'{missing[0]}: is missing; a job is named by all of --coordinator=HOST:PORT, '
-                '--num_processes=P and --process_id=I, or found by Slurm, Open MPI or Cloud TPU'
-            )
-        assert num_processes is not None and process_id is not None and coordinator is not None
-        _check_named(coordinator, num_processes, process_id)
-        return Cluster('flags', num_processes, process_id, coordinator)
-    for find in (_slurm, _open_mpi, _cloud_tpu):
-        cluster = find(environ)
-        if cluster:
-            return cluster
-    return None
-
-
-def _check_named(coordinator: str, num_processes: int, process_id: int) -> None:
-    host, _, port = coordinator.rpartition(':')
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f'coordinator={coordinator!r}: must be HOST:PORT, the address of process 0')
-    if num_processes < 1:
-        raise UserError(f'num_processes={num_processes}: must be at least 1')
-    if not 0 <= process_id < num_processes:
-        raise UserError(
-            f'process_id={process_id}: must be from 0 to num_processes - 1 = {num_processes - 1}'
-        )
-
-
-def _slurm(environ: Mapping[str, str]) -> Cluster | None:
-    tasks = environ.get('SLURM_STEP_NUM_TASKS')
-    if 'SLURM_JOB_ID' not in environ:
-        return None
-    if tasks is None or 'SLURM_STEP_ID' not in environ:
-        if int(environ.get('SLURM_NTASKS', '1')) > 1:
-            raise UserError(
-                f'SLURM_NTASKS={environ["SLURM_NTASKS"]}: the job has several tasks, but this process was '
-                'not started by srun, so it would run alone; write `srun python -m parallel_train ...`'
-            )
-        return None
-    wanted = environ.get('SLURM_NTASKS', tasks)
-    if wanted != tasks:
-        raise UserError(
-            f'SLURM_NTASKS={wanted}: contradicts SLURM_STEP_NUM_TASKS={tasks}; unset SLURM_NTASKS, or '
-            f'start as many tasks: srun --ntasks={wanted}'
-        )
-    if int(tasks) == 1:
-        return None
-    rank = environ.get('SLURM_PROCID', '')
-    if not rank.isdigit() or int(rank) >= int(tasks):
-        raise UserError(
-            f'SLURM_PROCID={rank!r}: contradicts SLURM_STEP_NUM_TASKS={tasks}; it must be from 0 to '
-            f'{int(tasks) - 1}; start the tasks with srun'
-        )
-    # JAX gives a Slurm task the GPU of its local number; the only task of a node has them all.
-    per_node = environ.get('SLURM_STEP_TASKS_PER_NODE', '')
-    alone = per_node.partition('(')[0] == '1' and ',' not in per_node
-    return Cluster('Slurm', local_device_ids=_visible_gpus(environ) if alone else None)
-
-
-def _visible_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    named = environ.get('CUDA_VISIBLE_DEVICES')
-    if named is not None:
-        count = len([name for name in named.split(',') if name.strip()])
-    else:
-        folder = '/proc/driver/nvidia/gpus'
-        count = len(os.listdir(folder)) if os.path.isdir(folder) else 0
-    return tuple(range(count)) or None
-
-
-def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
-    if int(environ.get('OMPI_COMM_WORLD_SIZE', '1')) < 2:
-        return None
-    if 'OMPI_MCA_orte_hnp_uri' not in environ:
-        raise UserError(
-            f'OMPI_COMM_WORLD_SIZE={environ["OMPI_COMM_WORLD_SIZE"]}: this Open MPI does not tell where its '
-            'job runs (OMPI_MCA_orte_hnp_uri); give --coordinator=HOST:PORT, --num_processes and --process_id'
-        )
-    return Cluster('Open MPI')
-
-
-def _cloud_tpu(environ: Mapping[str, str]) -> Cluster | None:
-    hosts = environ.get('TPU_WORKER_HOSTNAMES', '')
-    if ',' in hosts or 'MEGASCALE_COORDINATOR_ADDRESS' in environ or os.path.exists('/dev/accel0'):
-        return Cluster('Cloud TPU')
-    return None
+START_TIMEOUT = 300.0  # seconds
+Checked = TypeVar('Checked')
 
 
 def start(cluster: Cluster, heartbeat_timeout: float, timeout: float, say: Callable[[str], None]) -> None:
@@ -230,11 +119,14 @@ def share(value: Callable[[], Any], timeout: float = START_TIMEOUT) -> Any:
     return json.loads(store.blocking_key_value_get(key, int(timeout * 1000)))
 
 
-def agree(facts: Callable[[], dict[str, Any]], timeout: float) -> None:
-    """Checks that all processes are here and that their facts are equal, before any collective.
+def agree(
+    check: Callable[[], Checked], facts: Callable[[Checked], dict[str, Any]], timeout: float
+) -> Checked:
+    """Returns what `check` gives here, once all processes are here and the facts of what it gives are equal.
 
     Args:
-      facts: what must be equal. A UserError that it raises is known to all processes, and raised there.
+      check: what each process does by itself. A UserError that it raises is known to all, and raised there.
+      facts: what must be equal.
       timeout: seconds to wait for the last process.
 
     Raises:
@@ -242,10 +134,10 @@ def agree(facts: Callable[[], dict[str, Any]], timeout: float) -> None:
     """
     store = client()
     if store is None:
-        facts()
-        return
+        return check()
     try:
-        mine: dict[str, Any] = {'facts': facts(), 'address': _address()}
+        checked = check()
+        mine: dict[str, Any] = {'facts': facts(checked), 'address': _address()}
     except UserError as error:
         mine = {'error': str(error)}
     store.key_value_set(f'parallel_train/facts/{index()}', json.dumps(mine))
@@ -254,9 +146,12 @@ def agree(facts: Callable[[], dict[str, Any]], timeout: float) -> None:
     try:
         verdict = store.blocking_key_value_get('parallel_train/verdict', int((timeout + 30) * 1000))
     except Exception as error:  # of jaxlib's own kind
-        raise UserError(f'process 0 ({timeout:g} s): did not say whether all processes agree') from error
+        raise UserError(f'process 0: did not say within {timeout:g} s whether all processes agree') from error
     if verdict:
-        raise UserError(verdict)
+        failure = UserError(verdict)
+        failure.on_every_process = True
+        raise failure
+    return checked
 
 
 def _verdict(store: Any, timeout: float) -> str:
@@ -286,7 +181,7 @@ def differences(all_facts: list[dict[str, Any]]) -> str:
         for field, value in first['facts'].items():
             if told['facts'].get(field) != value:
                 return (
-                    f'process {process}: {field} is {told["facts"].get(field)!r}, but process 0 has {value!r}; '
+                    f'process {process}: {field} is {told["facts"].get(field)!r}, process 0 has {value!r}; '
                     'start all processes with the same code, command and data'
                 )
     hosts = {told['address'][0] for told in all_facts}

@@ -38,8 +38,11 @@ def _all_finite(tree: Any) -> jax.Array:
 class Recorder:
     """Writes rows of train and eval metrics, and shows them."""
 
-    def __init__(self, plan: Plan, mesh: Mesh, log: MetricsLog, progress: Progress, step: int):
+    def __init__(
+        self, plan: Plan, mesh: Mesh, log: MetricsLog, progress: Progress, step: int, skip_nonfinite: int = 0
+    ):
         self._plan, self._mesh, self._log, self._progress = plan, mesh, log, progress
+        self._may_skip, self._skipped = skip_nonfinite, 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix='metrics')
         self._pending: tuple[int, float, Future[_Fetched]] | None = None
         self.steps_seen, self.step_seconds = 0, 0.0  # of all rows so far, for the mean throughput
@@ -69,7 +72,8 @@ class Recorder:
     def evaluated(self, step: int, result: dict[str, float]) -> None:
         """Writes the row of an evaluation after `step` updates."""
         self.settle()
-        self._check(result, step)
+        if not math.isfinite(result['loss']):
+            raise Diverged(f'training diverged: the loss of the evaluation at step {step} is not finite')
         row = {'split': 'eval', 'step': step, 'epoch': self._plan.epoch_of(step), **result}
         self._log.write(row)
         self._progress.show(row)
@@ -90,8 +94,9 @@ class Recorder:
         seconds = max(done - start, 1e-9)
         self.steps_seen += step - begin
         self.step_seconds += seconds
+        self._check(sums, step)
         updates = sums['updates']
-        if not updates:  # resumed at this step, whose row was there but for a lost metrics.jsonl
+        if not updates:  # all were skipped; or resumed at this step, whose row is lost
             return
         row: dict[str, Any] = {
             'split': 'train',
@@ -104,29 +109,31 @@ class Recorder:
             'examples_per_second': (step - begin) * self._plan.batch_size / seconds,
             'data_wait_fraction': min(waited / seconds, 1.0),
         }
-        self._check(sums, step)  # first: NaN is no JSON
         self._log.write(row)
         self._progress.show(row)
 
-    def sync(self, state: TrainState) -> None:
-        """Returns once every row is on disk and `state` is known to be fit to be kept.
+    def sync(self, state: TrainState) -> bool:
+        """Returns True once every row is on disk; False if the disk does not take them.
 
         Raises:
-          Diverged: a row, the updates since, or the state itself is not finite.
+          Diverged: a loss or gradient up to this state was not finite, or the state itself is not.
         """
         self.settle()
-        self._check(_fetch(state.sums)[0], int(state.step))
-        finite = bool(_all_finite((state.params, state.opt_state, state.batch_stats)))
-        self._check({'state': 0.0 if finite else math.nan}, int(state.step))
-        self._log.sync()
+        self._check({'skipped': float(state.skipped)}, int(state.step))
+        if not bool(_all_finite((state.params, state.opt_state, state.batch_stats))):
+            raise Diverged(f'training diverged: the state after step {int(state.step)} is not finite')
+        return self._log.sync()
 
     def _check(self, sums: dict[str, float], step: int) -> None:
-        if not all(math.isfinite(value) for value in sums.values()):
-            raise Diverged(
-                f'training diverged: the loss or the gradient is not finite in the updates up to step '
-                f'{step} (rate {self._plan.rate(step - 1):.6g}); the last good checkpoint stands. Lower '
-                'config.learning_rate or lengthen config.warmup_epochs, and use a new workdir'
+        skipped = round(sums['skipped'])
+        if skipped > self._may_skip:
+            raise Diverged('training diverged: loss or gradient is not finite', frozen=True)
+        if skipped > self._skipped:
+            self._progress.say(
+                f'warning: {skipped} of at most {self._may_skip} steps skipped, the last up to step {step}: '
+                'their loss or gradient was not finite'
             )
+            self._skipped = skipped
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -5,7 +5,7 @@ All of it runs inside `shard_map` over the one mesh axis, `DATA_AXIS`.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.flatten_util
@@ -14,7 +14,7 @@ DATA_AXIS = 'data'
 Tree = TypeVar('Tree')
 
 
-def device_index() -> jax.Array:
+def device_index() -> Any:
     """Returns this device's place on the axis: int32 scalar."""
     return jax.lax.axis_index(DATA_AXIS)
 

@@ -21,9 +21,16 @@ Sums = dict[str, Any]
 
 
 def take_shards(
-    step: jax.Array, key: jax.Array, data: Batch, config: Any, plan: Plan, first: jax.Array, part: Any = None
+    step: jax.Array,
+    key: jax.Array,
+    data: Batch,
+    config: Any,
+    plan: Plan,
+    first: Any,
+    count: int,
+    part: tuple[jax.Array, int] | None = None,
 ) -> tuple[Batch, jax.Array]:
-    """Returns shards of this device as the model takes them, and a dropout key for each.
+    """Returns shards as the model takes them, and a dropout key for each.
 
     Args:
       step: completed updates, int32.
@@ -31,19 +38,16 @@ def take_shards(
       data: this device's part of what a feed gave.
       config: complete.
       plan: its plan.
-      first: the number, among all shards, of the device's first.
-      part: (which part, of how many) of the device's shards; None for all of them.
+      first: the number of the first shard, among all shards of the global batch.
+      count: how many shards.
+      part: (i, n): they are the i-th of n equal parts of `data`; all of it if None.
 
     Returns:
-      A batch with arrays [shards taken, examples per shard, ...]; keys [shards taken].
+      A batch with arrays [count, examples per shard, ...]; keys [count].
     """
     dropout_key, augment_key = jax.random.split(jax.random.wrap_key_data(key, impl=KEY_IMPL))
     epoch, row = jnp.divmod(step, plan.steps_per_epoch)
     batch = _prepare(batches.local_batch(data, row, part), config, augment_key, epoch)
-    count = plan.shards // plan.num_devices
-    if part is not None:
-        count //= part[1]
-        first = first + part[0] * count
     shard_keys = jax.vmap(lambda shard: jax.random.fold_in(jax.random.fold_in(dropout_key, step), shard))(
         first + jnp.arange(count)
     )

@@ -163,13 +163,15 @@ def initialise(config: Any, learning_rate_fn: Any, mesh: Mesh) -> TrainState:
 
 
 @functools.cache
-def _zero_sums_on(mesh: Mesh) -> Callable[[], dict[str, jax.Array]]:
-    return jax.jit(zero_sums, out_shardings=replicated(mesh))
+def _taking_sums(mesh: Mesh) -> Callable[..., tuple[Any, Any]]:
+    # `skipped` goes on in the state, which the next step frees: hence a copy.
+    return jax.jit(lambda skipped: (zero_sums(), skipped + 0), out_shardings=replicated(mesh))
 
 
 def take_sums(state: TrainState, mesh: Mesh) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Returns the state with its running sums at zero, and the sums; waits for nothing."""
-    return state.replace(sums=_zero_sums_on(mesh)()), state.sums
+    """Returns the state with its running sums at zero; and the sums, with 'skipped'. Waits for nothing."""
+    zeros, skipped = _taking_sums(mesh)(state.skipped)
+    return state.replace(sums=zeros), {**state.sums, 'skipped': skipped}
 
 
 def saved_parts(state: TrainState) -> dict[str, Any]:

@@ -70,8 +70,9 @@ def _local_sums(
     state: TrainState, data: Batch, config: Any, plan: Plan, forward: Forward, unroll: bool
 ) -> dict[str, Any]:
     """Returns the sums over a device's shards."""
-    first = reduce.device_index() * (plan.shards // plan.num_devices)
-    shards = take_shards(state.step, state.key, data, config, plan, first)
+    count = plan.shards // plan.num_devices
+    first = reduce.device_index() * count
+    shards = take_shards(state.step, state.key, data, config, plan, first, count)
     params = reduce.to_local(state.params)
     turns = cpu_turns(plan) if unroll else plan.accumulation_steps
     return _over_turns(

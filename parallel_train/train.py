@@ -3,54 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-from jax.sharding import Mesh
 
-from parallel_train import config as config_lib
-from parallel_train import dataset
+from parallel_train import dataset, processes
 from parallel_train import mesh as mesh_lib
 from parallel_train import workdir as workdir_lib
-from parallel_train.batches import HostFeed, ResidentFeed, make_feed
-from parallel_train.checkpoint import Checkpoints, open_checkpoints
+from parallel_train.checkpoint import open_checkpoints
 from parallel_train.clock import Clock
 from parallel_train.devices import choose_devices
-from parallel_train.evaluate import Evaluator
+from parallel_train.diagnose import diagnose
+from parallel_train.errors import Diverged, Preempted
 from parallel_train.finish import finish, say_complete
-from parallel_train.metrics import MetricsLog
-from parallel_train.plan import Plan, make_plan
-from parallel_train.progress import Progress
-from parallel_train.recorder import Recorder
+from parallel_train.lifeline import Lifeline, Limits
+from parallel_train.plan import make_plan
+from parallel_train.preflight import check_job, facts
+from parallel_train.run import Run, open_run
 from parallel_train.schedule import create_learning_rate_fn
 from parallel_train.show_plan import plan_table
 from parallel_train.state import TrainState, abstract_state, initialise
-from parallel_train.forward import check_model_and_loss
-from parallel_train.step import make_train_step
-
-
-@dataclasses.dataclass
-class Run:
-    """What the loop works with; `step` is the number of updates that the host has dispatched."""
-
-    plan: Plan
-    clock: Clock
-    feed: ResidentFeed | HostFeed
-    evaluator: Evaluator
-    recorder: Recorder
-    log: MetricsLog
-    checkpoints: Checkpoints
-    train_steps: dict[int, Any]  # by steps in one dispatch, as `make_train_step` gives them
-    step: int
-    compiled: dict[int, Callable[[TrainState, Any], TrainState]] = dataclasses.field(default_factory=dict)
-
-    def restart_interval(self) -> None:
-        """Leaves what was just waited for (a compilation, an evaluation, a save) out of throughput."""
-        self.recorder.restart(self.step, self.feed.wait_seconds)
 
 
 def train_and_evaluate(
@@ -59,6 +33,8 @@ def train_and_evaluate(
     data_dir: str | os.PathLike[str] | None = None,
     devices: int | None = None,
     allow_plan_change: bool = False,
+    skip_nonfinite: int = 0,
+    limits: Limits = Limits(),  # noqa: B008, frozen
 ) -> TrainState:
     """Trains as `config` says, in `workdir`, from its latest checkpoint if it holds one.
 
@@ -66,8 +42,10 @@ def train_and_evaluate(
       config: an ml_collections ConfigDict; fields that it leaves out have their defaults.
       workdir: where config, plan, metrics, checkpoints and report go.
       data_dir: where the dataset was prepared; TFDS's default place if None.
-      devices: how many devices to use; for the default, see `choose_devices`.
+      devices: how many devices to use, over all processes; for the default, see `choose_devices`.
       allow_plan_change: continue the job in `workdir` although config or plan differ from its own.
+      skip_nonfinite: how many steps whose loss or gradient is not finite are left out before the run ends.
+      limits: after which times a process counts as lost, or as stuck.
 
     Returns:
       The state after the last step, replicated over the devices.
@@ -75,68 +53,65 @@ def train_and_evaluate(
     Raises:
       UserError: the input is wrong; nothing was written.
       Diverged: loss or gradient are not finite; the last good checkpoint stands.
+      Preempted: a signal asked to stop; the state is saved.
+      ReplicasDiffer: a device holds another state than the others.
     """
     clock = Clock()
     workdir, data_dir = Path(workdir), dataset.default_data_dir(data_dir)
+    say = print_flushed if processes.is_first() else say_nothing
+    with contextlib.ExitStack() as stack:
+        lifeline = stack.enter_context(Lifeline(limits))
 
-    # What will happen, and may it? Nothing is written before that is known.
-    config = config_lib.complete(config)
-    sizes = dataset.find_sizes(config, data_dir)
-    config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
-    check_model_and_loss(config)
-    workdir_lib.check(workdir, config, allow_plan_change)
-    examples = sizes.num_train_examples, sizes.num_eval_examples
-    if devices is not None:
-        make_plan(config, *examples, devices)  # what does not fit is refused before devices are made
-    plan = make_plan(config, *examples, choose_devices(config, sizes, devices, workdir, say=print))
-    workdir_lib.check_plan(workdir, config, plan, allow_plan_change)
-    mesh = mesh_lib.make_mesh(plan.num_devices)
-    learning_rate_fn = create_learning_rate_fn(config, plan.peak_learning_rate, plan.steps_per_epoch)
-    train_split = dataset.load_split(config.dataset, config.train_split, data_dir)
-    eval_split = dataset.load_split(config.dataset, config.eval_split, data_dir)
-    print(plan_table(plan, config, sizes.source), flush=True)
-
-    with open_checkpoints(workdir, config.keep_checkpoints) as checkpoints:
-        # The state: the latest checkpoint's, on whatever devices there are now, or a new one.
-        start = checkpoints.latest_step() or 0
-        if start:
-            plan.check_reaches(start)
-            template = abstract_state(config, learning_rate_fn)
-            state = checkpoints.restore(template, mesh_lib.replicated(mesh))
-            if start == plan.num_steps and (workdir / 'report.html').exists():
-                say_complete(workdir, start)
-                return state
-            print(f'resuming from step {start:,} of {plan.num_steps:,}', flush=True)
-        else:
-            state = initialise(config, learning_rate_fn, mesh)
-        workdir_lib.claim(workdir, config, plan)
-
-        log = MetricsLog(workdir, start)
-        feed = make_feed(train_split, config, plan, mesh)
-        run = Run(
-            plan=plan,
-            clock=clock,
-            feed=feed,
-            evaluator=Evaluator(eval_split, config, mesh, state),
-            recorder=Recorder(plan, mesh, log, Progress(plan, start), start),
-            log=log,
-            checkpoints=checkpoints,
-            train_steps={
-                count: make_train_step(config, plan, mesh, count)
-                for count in {1, steps_per_dispatch(config, mesh, feed)}
-            },
-            step=start,
+        # What will happen, and may it? Nothing is written before every process knows that it may.
+        job = processes.agree(
+            lambda: check_job(config, workdir, data_dir, devices, allow_plan_change),
+            facts,
+            limits.start_timeout,
         )
-        with contextlib.closing(run.recorder), contextlib.closing(run.feed):
-            clock.add('start-up', clock.total())
-            if start:
-                state = do_what_is_due(state, run)
-            while run.step < plan.num_steps:
-                state = train_epoch(state, run)
-            clock.add('data wait', feed.wait_seconds)
-            with clock.timed('save'):
-                checkpoints.wait()
-    finish(workdir, config, plan, log.rows, state, eval_split, clock, run.recorder)
+        plan = make_plan(
+            job.config,
+            job.sizes.num_train_examples,
+            job.sizes.num_eval_examples,
+            choose_devices(job.config, job.sizes, devices, workdir, say),
+            processes.count(),
+        )
+        workdir_lib.check_plan(workdir, job.config, plan, allow_plan_change)
+        mesh = mesh_lib.make_mesh(plan.num_devices)
+        say(plan_table(plan, job.config, job.sizes.source))
+
+        # The state: the latest checkpoint's, on whatever devices there are now, or a new one.
+        if processes.is_first():
+            stack.enter_context(workdir_lib.hold(workdir))
+        checkpoints = stack.enter_context(open_checkpoints(workdir, job.config.keep_checkpoints, say=say))
+        plan.check_reaches(checkpoints.latest_step() or 0)
+        learning_rate_fn = create_learning_rate_fn(job.config, plan.peak_learning_rate, plan.steps_per_epoch)
+        template = abstract_state(job.config, learning_rate_fn)
+        state = checkpoints.restore_latest(template, mesh_lib.replicated(mesh))
+        if state is None:
+            state = initialise(job.config, learning_rate_fn, mesh)
+        start = int(state.step)
+        if start == plan.num_steps and (workdir / 'report.html').exists():
+            say_complete(workdir, start, say)
+            return state
+        if start:
+            say(f'resuming from step {start:,} of {plan.num_steps:,}')
+        if processes.is_first():
+            workdir_lib.claim(workdir, job.config, plan)
+
+        # The steps.
+        run = stack.enter_context(
+            open_run(job, plan, mesh, workdir, state, checkpoints, lifeline, clock, skip_nonfinite)
+        )
+        clock.add('start-up', clock.total())
+        if start:
+            state = do_what_is_due(state, run)
+        while run.step < plan.num_steps:
+            state = train_epoch(state, run)
+        clock.add('data wait', run.feed.wait_seconds)
+        with clock.timed('save'):
+            save_for_good(state, run)
+    if processes.is_first():
+        finish(workdir, job.config, plan, run.log.rows, state, job.eval_split, clock, run.recorder)
     return state
 
 
@@ -147,21 +122,19 @@ def train_epoch(state: TrainState, run: Run) -> TrainState:
     while run.step < end:
         count = next_dispatch(run, end)
         data = run.feed.at(run.step)
-        if count not in run.compiled:
-            with run.clock.timed('compile'):
-                run.compiled[count] = run.train_steps[count].lower(state, data).compile()
+        if count in run.compiled:
+            state = run.train_steps[count](state, data)
+        else:
+            with run.clock.timed('compile'), run.lifeline.unwatched():
+                state = run.train_steps[count](state, data)  # the first call compiles
+            run.compiled.add(count)
             run.restart_interval()
-        state = run.compiled[count](state, data)
         run.step += count
+        run.pace.after(state, run.step)
         state = do_what_is_due(state, run)
+        if run.must_stop():
+            stop(state, run)
     return state
-
-
-def steps_per_dispatch(config: Any, mesh: Mesh, feed: ResidentFeed | HostFeed) -> int:
-    """Returns how many steps go into one dispatch at most: on CPU 1, as convolutions crawl in loops."""
-    if mesh_lib.is_cpu(mesh) or isinstance(feed, HostFeed):
-        return 1
-    return config.steps_per_dispatch
 
 
 def next_dispatch(run: Run, end: int) -> int:
@@ -170,12 +143,7 @@ def next_dispatch(run: Run, end: int) -> int:
     if largest == 1 or run.step + largest > end:
         return 1
     steps = range(run.step + 1, run.step + largest)
-    return 1 if any(anything_due(run.plan, step) for step in steps) else largest
-
-
-def anything_due(plan: Plan, step: int) -> bool:
-    every = (plan.log_every_steps, plan.eval_every_steps, plan.checkpoint_every_steps)
-    return any(plan.is_due(step, steps) for steps in every)
+    return 1 if any(run.plan.anything_due(step) for step in steps) else largest
 
 
 def do_what_is_due(state: TrainState, run: Run) -> TrainState:
@@ -184,18 +152,75 @@ def do_what_is_due(state: TrainState, run: Run) -> TrainState:
     Also the first thing after a resume: what is there already is not done again.
     """
     plan, step = run.plan, run.step
-    if plan.is_due(step, plan.log_every_steps) and not run.log.has('train', step):
-        state = run.recorder.log(state, step, run.feed.wait_seconds)
-    evaluation = None
-    if plan.is_due(step, plan.eval_every_steps) and not run.log.has('eval', step):
-        jax.block_until_ready(state)  # else the evaluation would be charged for steps under way
-        with run.clock.timed('eval'):
-            evaluation = run.evaluator(state)
-        run.recorder.evaluated(step, evaluation)
-        run.restart_interval()
-    if plan.is_due(step, plan.checkpoint_every_steps) and run.checkpoints.latest_step() != step:
-        run.recorder.sync(state)
-        with run.clock.timed('save'):
-            run.checkpoints.save(step, state, evaluation)
-        run.restart_interval()
+    there = run.done_before if step == run.start else []
+    try:
+        if plan.is_due(step, plan.log_every_steps) and 'train' not in there:
+            state = run.recorder.log(state, step, run.feed.wait_seconds)
+        if plan.is_due(step, plan.divergence_check_steps):
+            run.replicas.check(state, step)
+        evaluation = None
+        if plan.is_due(step, plan.eval_every_steps) and 'eval' not in there:
+            jax.block_until_ready(state)  # else the evaluation would be charged for steps under way
+            with run.clock.timed('eval'):
+                evaluation = run.evaluator(state, run.must_stop)
+            if evaluation is None:  # interrupted
+                return stop(state, run)
+            run.recorder.evaluated(step, evaluation)
+            run.restart_interval()
+        if plan.is_due(step, plan.checkpoint_every_steps) or run.save_asked:
+            save(state, run, evaluation)
+    except Diverged as error:
+        raise Diverged(explain(error, state, run)) from None
     return state
+
+
+def save(state: TrainState, run: Run, evaluation: dict[str, float] | None) -> None:
+    """Starts to save a state that is known to be good: its rows on disk, finite, alike on all devices."""
+    run.save_asked = False
+    if run.checkpoints.latest_step() == run.step:
+        return
+    if run.recorder.sync(state):
+        run.replicas.check(state, run.step)
+        run.replicas.settle()
+        with run.clock.timed('save'):
+            run.checkpoints.save(run.step, state, evaluation)
+    run.restart_interval()
+
+
+def save_for_good(state: TrainState, run: Run) -> None:
+    """Returns once the state is on disk; a disk that did not take it gets a second chance."""
+    if not run.checkpoints.wait() or run.checkpoints.latest_step() != run.step:
+        save(state, run, None)
+        if not run.checkpoints.wait() or run.checkpoints.latest_step() != run.step:
+            raise OSError(f'the checkpoint of step {run.step} could not be written; see the warnings above')
+
+
+def stop(state: TrainState, run: Run) -> NoReturn:
+    """Saves and ends the run, at the same step on every process."""
+    save(state, run, None)
+    save_for_good(state, run)
+    raise Preempted(
+        f'stopped at step {run.step:,} of {run.plan.num_steps:,}, saved; the same command goes on from there'
+    )
+
+
+def explain(error: Diverged, state: TrainState, run: Run) -> str:
+    """Returns the message of a run that diverged: what, where, and what to do."""
+    where = ''
+    if error.frozen and processes.is_first():
+        where = f'; {diagnose(state, run.config, run.plan, run.train_split)}'
+    run.checkpoints.wait()
+    last = run.checkpoints.latest_step()
+    stands = f'checkpoint {last} stands' if last else 'there is no checkpoint yet'
+    return (
+        f'{error}{where}. {stands[0].upper()}{stands[1:]}. Lower config.learning_rate or lengthen '
+        'config.warmup_epochs, and use a new workdir; or leave out a few such steps: --skip_nonfinite=N'
+    )
+
+
+def print_flushed(line: str) -> None:
+    print(line, flush=True)
+
+
+def say_nothing(line: str) -> None:
+    """What the processes but the first say."""

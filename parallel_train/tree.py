@@ -45,8 +45,8 @@ def make_train_step(
 
     def shard_sums(state: TrainState, data: Batch, turn: jax.Array) -> Sums:
         forward = make_forward(config, state.apply_fn)
-        first = reduce.device_index() * per_device
-        shard = take_shards(state.step, state.key, data, config, plan, first, part=(turn, per_device))
+        number = reduce.device_index() * per_device + turn
+        shard = take_shards(state.step, state.key, data, config, plan, number, 1, part=(turn, per_device))
         return _as_own(sums_of_shards(forward, state.params, state.batch_stats, shard))
 
     def update(state: TrainState, sums: Sums) -> TrainState:

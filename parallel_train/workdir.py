@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import socket
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from parallel_train.errors import UserError
 from parallel_train.plan import HARDWARE_FIELDS, Plan
 
 CONFIG, PLAN, METRICS, CHECKPOINTS = 'config.json', 'plan.json', 'metrics.jsonl', 'checkpoints'
+LOCK = '.lock'
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -137,3 +141,28 @@ def claim(workdir: Path, config: Any, plan: Plan) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / CONFIG, config_lib.to_json(config))
     write_atomically(workdir / PLAN, plan.to_json())
+
+
+@contextlib.contextmanager
+def hold(workdir: Path) -> Iterator[None]:
+    """Creates the workdir and keeps other jobs out of it.
+
+    By a lock of the operating system's, which ends with the process however that ends: none is ever stale.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / LOCK, 'a+') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f'workdir={str(workdir)!r}: another job runs there ({file.read().strip() or "unknown"}); '
+                'wait for it, stop it, or name another workdir'
+            ) from error
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+        file.flush()
+        yield

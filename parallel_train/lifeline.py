@@ -1,0 +1,291 @@
+"""Is the job well, and when does it have to stop?
+
+Threads in every process. One takes the signals, and sees a main thread that no longer moves; the other
+tells the other processes that this one lives, hears whether they do, and agrees with them on the step
+at which all stop or save. What they end, they end with a message; nothing waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from parallel_train import processes
+from parallel_train.errors import FAULT, PREEMPTED, USER_ERROR, UserError
+
+_PERIOD = 0.2  # seconds between two looks
+_BEAT = 1.0  # seconds between two signs of life
+_ROOT = 'parallel_train/lifeline'
+_GONE = 'gone'  # the last sign of life of a process that has ended well
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Seconds after which a process counts as lost, and a main thread as stuck (0: never)."""
+
+    heartbeat_timeout: float = 60.0
+    stall_timeout: float = 600.0
+    start_timeout: float = processes.START_TIMEOUT  # for all processes to come
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            least = 0 if name == 'stall_timeout' else 5
+            if not (math.isfinite(value) and value >= least):
+                raise UserError(f'{name}={value:g}: must be a finite number of seconds, at least {least}')
+
+
+class Lifeline:
+    """Watches over one run, from `with` to its end.
+
+    The main thread calls `tick` once a step and once a batch of an evaluation: all processes go
+    through the same ticks, so a number of ticks names the same moment everywhere.
+    """
+
+    def __init__(self, limits: Limits):
+        self._limits, self._save_every = limits, 0.0
+        self._store, self._process, self._count = processes.client(), processes.index(), processes.count()
+        self._lock = threading.Lock()  # held while the processes agree, so that `tick` waits
+        self._ticks, self._moved = 0, time.monotonic()
+        self._unwatched = 0
+        self._due: tuple[int, str] | None = None  # (tick, what)
+        self._round, self._told_ticks = 0, False
+        self._signals, self._asked = 0, ''
+        self._last_save = self._heard = time.monotonic()
+        self._ended = threading.Event()
+        self._beats: dict[int, tuple[str | None, float]] = {}  # process -> last sign of life, since when
+        self.completed = 0  # steps that the devices are known to have completed
+
+    # ------------------------------------------------------------ for the main thread
+
+    def tick(self) -> str | None:
+        """Passes a moment; returns 'stop' or 'save' where all processes have agreed to do so now."""
+        with self._lock:
+            self._ticks += 1
+            self._moved = time.monotonic()
+            if self._due and self._ticks >= self._due[0]:
+                what, self._due = self._due[1], None
+                return what
+        return None
+
+    def save_every(self, seconds: float) -> None:
+        """From now on all processes are to save every so many seconds; 0 for not at all."""
+        self._save_every, self._last_save = seconds, time.monotonic()
+
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """What may take any time, as a compilation does: not taken for a stall."""
+        self._unwatched += 1
+        try:
+            yield
+        finally:
+            self._moved = time.monotonic()
+            self._unwatched -= 1
+
+    def __enter__(self) -> Lifeline:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+        self._handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            # The byte reaches the thread even while the main thread is inside XLA.
+            self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, lambda *_: None)
+        loops = [self._watch] if self._store is None else [self._watch, self._talk]
+        self._threads = [threading.Thread(target=loop, name='lifeline', daemon=True) for loop in loops]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is not None and self._store is not None:
+            self._tell_of(error)
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(timeout=5)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._handlers:
+            signal.set_wakeup_fd(self._old_fd)
+        os.close(self._read)
+        os.close(self._write)
+
+    def _tell_of(self, error: BaseException) -> None:
+        """Ends the other processes where this one failed; where it suffers from another, hears from which.
+
+        Does not return unless all processes raise the error by themselves: the others would be waited for.
+        """
+        import jax
+
+        if getattr(error, 'on_every_process', False):
+            return
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            # A collective fails where another process is gone: `_talk` hears of it, says who, and exits.
+            time.sleep(self._limits.heartbeat_timeout + 3 * _BEAT)
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        code = USER_ERROR if isinstance(error, UserError) else FAULT
+        with contextlib.suppress(_StoreError):
+            self._put(
+                'end', json.dumps([f'process {self._process} ({processes.host()}) failed: {first}', code])
+            )
+        if code == FAULT:
+            traceback.print_exception(error)
+        _say(f'error: {first}')
+        time.sleep(2 * _BEAT)  # the store, if it is here, stays for as long as the others need to read it
+        _exit(code)
+
+    # ------------------------------------------------------------ signals, and a main thread that is stuck
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_PERIOD):
+            self._take_signals()
+            now, limits = time.monotonic(), self._limits
+            if self._save_every and self._process == 0 and now - self._last_save > self._save_every:
+                self._asked, self._last_save = self._asked or 'save', now
+            if self._store is None and self._asked and self._due is None:
+                with self._lock:
+                    self._settle(self._ticks + 1, self._asked)
+            if self._store is not None and now - self._heard > limits.heartbeat_timeout:
+                silent = now - self._heard
+                self._end(f'process 0, the coordinator, is gone or hangs: no answer for {silent:.0f} s')
+            still = now - self._moved
+            stuck = self._ticks > 0 and not self._unwatched and still > limits.stall_timeout > 0
+            if stuck:
+                self._fail(f'process {self._process} ({processes.host()}) hangs: no step for {still:.0f} s')
+
+    def _take_signals(self) -> None:
+        try:
+            received = os.read(self._read, 16)
+        except BlockingIOError:
+            return
+        for number in received:
+            if number not in self._handlers:
+                continue
+            self._signals += 1
+            name = signal.Signals(number).name
+            if self._signals > 1:
+                _say(f'{name} again: ends at once, without saving')
+                os._exit(128 + number)
+            _say(f'{name}: saves after the step in flight and stops; again: ends at once')
+            self._asked = 'stop'
+
+    def _settle(self, tick: int, what: str) -> None:
+        """All are to do `what` at `tick`."""
+        if what == 'stop' and tick == 1:  # no process has made a step: it may compile for long yet
+            _say('stopped before the first step; nothing to save')
+            _exit(PREEMPTED)
+        self._due = (tick, what)
+        if what == self._asked:
+            self._asked = ''
+
+    # ------------------------------------------------------------ the other processes
+
+    def _talk(self) -> None:
+        next_beat = 0.0
+        while not self._ended.wait(_PERIOD / 10 if self._told_ticks else _PERIOD):
+            now = time.monotonic()
+            try:
+                if now >= next_beat:
+                    next_beat = now + _BEAT
+                    self._beat(now)
+                self._agree()
+                self._heard = time.monotonic()
+            except _StoreError:
+                continue  # `_watch` ends the job if this lasts
+        with contextlib.suppress(_StoreError):
+            self._put(f'beat/{self._process}', _GONE)
+
+    def _beat(self, now: float) -> None:
+        self._put(f'beat/{self._process}', json.dumps([now, self.completed]))
+        told = self._get('end')
+        if told:
+            self._end(*json.loads(told))
+        # Process 0 watches all; the others watch process 0.
+        for process in range(self._count) if self._process == 0 else (0,):
+            beat = self._get(f'beat/{process}')
+            if process not in self._beats or beat != self._beats[process][0]:
+                self._beats[process] = (beat, now)
+            silent = now - self._beats[process][1]
+            if beat != _GONE and silent > self._limits.heartbeat_timeout:
+                self._fail(f'process {process} is gone or hangs: no sign of life for {silent:.0f} s')
+
+    def _agree(self) -> None:
+        """Settles when all do what one asks for: at the first tick that no process has passed."""
+        if self._due is not None:
+            return
+        here = f'round/{self._round}'
+        if self._asked:
+            self._put(f'{here}/ask', self._asked)
+        what = self._get(f'{here}/ask')
+        if what is None:
+            return
+        if not self._told_ticks:
+            self._lock.acquire()  # the main thread passes no tick until all have told theirs
+            self._put(f'{here}/at/{self._process}', str(self._ticks))
+            self._told_ticks = True
+        if self._process == 0:
+            ticks = [self._get(f'{here}/at/{process}') for process in range(self._count)]
+            if None not in ticks:
+                self._put(f'{here}/go', str(max(int(tick) for tick in ticks if tick) + 1))
+        go = self._get(f'{here}/go')
+        if go is not None:
+            self._settle(int(go), what)
+            self._round, self._told_ticks = self._round + 1, False
+            self._lock.release()
+
+    def _fail(self, message: str) -> None:
+        """Ends the whole job."""
+        with contextlib.suppress(_StoreError):
+            self._put('end', json.dumps([message, FAULT]))
+        time.sleep(2 * _BEAT if self._store is not None else 0)  # for the others to read it
+        self._end(message)
+
+    def _end(self, message: str, code: int = FAULT) -> None:
+        """Ends this process, telling where it stood."""
+        _say('the Python stacks of all threads:')
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        _say(f'error: {message}; the last completed step known here is {self.completed:,}')
+        _exit(code)
+
+    def _get(self, key: str) -> str | None:
+        try:
+            return self._store.key_value_try_get(f'{_ROOT}/{key}')
+        except Exception as error:  # of jaxlib's own kind
+            if 'NOT_FOUND' in str(error):
+                return None
+            raise _StoreError from error
+
+    def _put(self, key: str, value: str) -> None:
+        """Sets a value; of any but a sign of life the first word stands."""
+        if self._store is None:
+            return
+        try:
+            self._store.key_value_set(f'{_ROOT}/{key}', value, allow_overwrite=key.startswith('beat/'))
+        except Exception as error:
+            if 'ALREADY_EXISTS' not in str(error):
+                raise _StoreError from error
+
+
+class _StoreError(Exception):
+    """The store does not answer."""
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _exit(code: int) -> None:
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(code)

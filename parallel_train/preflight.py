@@ -1,0 +1,83 @@
+"""May this job run here? What can be known before devices are used, and before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import zlib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel_train import config as config_lib
+from parallel_train import dataset, processes
+from parallel_train import workdir as workdir_lib
+from parallel_train.forward import check_model_and_loss
+from parallel_train.plan import make_plan
+
+_SAMPLED = 64  # images whose pixels are compared between processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What was asked for, checked: a complete config, and its dataset."""
+
+    config: Any
+    sizes: dataset.Sizes
+    train_split: dataset.Split
+    eval_split: dataset.Split
+    devices: int | None
+
+
+def check_job(
+    config: Any, workdir: Path, data_dir: Path, devices: int | None, allow_plan_change: bool
+) -> Job:
+    """Returns the job that the arguments of `train_and_evaluate` describe.
+
+    Raises:
+      UserError: config, model, loss, dataset, plan or workdir are wrong; the message names what.
+    """
+    config = config_lib.complete(config)
+    sizes = dataset.find_sizes(config, data_dir)
+    config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
+    check_model_and_loss(config)
+    workdir_lib.check(workdir, config, allow_plan_change)
+    if devices is not None:
+        make_plan(config, sizes.num_train_examples, sizes.num_eval_examples, devices, processes.count())
+    train_split = dataset.load_split(config.dataset, config.train_split, data_dir)
+    eval_split = dataset.load_split(config.dataset, config.eval_split, data_dir)
+    return Job(config, sizes, train_split, eval_split, devices)
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """Returns what must be equal on all processes of a job."""
+    return {
+        'code of parallel_train': code_version(),
+        'jax': version('jax'),
+        'jaxlib': version('jaxlib'),
+        'devices': job.devices,
+        **{f'config.{name}': value for name, value in job.config.to_dict().items()},
+        f'train split of {job.config.dataset!r} (shape, digests)': _digest(job.train_split),
+        f'eval split of {job.config.dataset!r} (shape, digests)': _digest(job.eval_split),
+    }
+
+
+@functools.cache
+def code_version() -> str:
+    """Returns a digest of this package's source files."""
+    here = Path(__file__).parent
+    code = hashlib.sha256()
+    for file in sorted(here.rglob('*.py')):
+        code.update(str(file.relative_to(here)).encode() + file.read_bytes())
+    return code.hexdigest()[:12]
+
+
+def _digest(split: dataset.Split) -> str:
+    """Tells splits apart without reading all of them: their sizes, all labels, some images."""
+    some = np.linspace(0, len(split.images) - 1, _SAMPLED).astype(int)
+    pixels = np.ascontiguousarray(split.images[some])
+    labels = np.ascontiguousarray(split.labels)
+    return f'{split.images.shape}, {zlib.crc32(labels.tobytes()):08x}, {zlib.crc32(pixels.tobytes()):08x}'
