@@ -21,7 +21,7 @@ Sums = dict[str, Any]
 
 
 def take_shards(
-    step: jax.Array,
+    step: Any,
     key: jax.Array,
     data: Batch,
     config: Any,
