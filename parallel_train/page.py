@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from parallel_train import plots
+from parallel_train import drawing
 
 
 def escape(value: Any) -> str:
@@ -24,8 +24,8 @@ def page_of(title: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1" />'
         '<meta name="color-scheme" content="light dark" />'
         f'<title>{escape(title)}</title><style>\n'
-        f':root{{{variables(plots.LIGHT)}--page:#fdfdfc;--soft:#f3f4f5}}\n'
-        f'@media screen and (prefers-color-scheme:dark){{:root{{{variables(plots.DARK)}'
+        f':root{{{variables(drawing.LIGHT)}--page:#fdfdfc;--soft:#f3f4f5}}\n'
+        f'@media screen and (prefers-color-scheme:dark){{:root{{{variables(drawing.DARK)}'
         f'--page:#16181b;--soft:#202327}}}}\n{STYLE}</style></head>\n'
         f'<body><main>{body}</main></body></html>\n'
     )
