@@ -1,7 +1,7 @@
 """What is in the dataset, as arrays?
 
 `find_sizes` tells how much, with or without the data; `load_split` gives the examples. The images
-of a prepared set are decoded once, into memory-mapped files in its folder `decoded/`.
+of a prepared set are decoded once, into memory-mapped files (decoded.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from parallel_train.config import import_object, nearest
-from parallel_train.decode import image_shape, load_decoded
+from parallel_train.decode import image_shape
+from parallel_train.decoded import load_decoded
 from parallel_train.errors import UserError
 from parallel_train.prepared import Features, Prepared, find_prepared, parse_features, parse_name
 
