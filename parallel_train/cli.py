@@ -102,7 +102,7 @@ def _parse(argv: list[str], known: Sequence[str]) -> tuple[Any, Any]:
     config = None
     if len(paths) > 1:
         raise UserError(f'config={paths[-1]!r}: is given {len(paths)} times; give one file')
-    overridden = [a for a in rest if a.lstrip('-').startswith('config.')]
+    overridden = [a for a in rest if a.lstrip('-').startswith(('config.', 'noconfig.'))]
     if paths:
         config = config_lib.complete(config_lib.load(paths[0]))
         _check_overrides(overridden, config)
@@ -119,11 +119,13 @@ def _parse(argv: list[str], known: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _check_overrides(overridden: list[str], config: Any) -> None:
+    """Booleans may be given as absl takes them: `--config.KEY` is True, `--noconfig.KEY` is False."""
     for argument in overridden:
-        key, equals, _ = argument.lstrip('-').removeprefix('config.').partition('=')
+        name, equals, _ = argument.partition('=')
+        key = name.partition('.')[2]
         if key not in config:
             raise UserError(f'config.{key}: there is no such field{config_lib.nearest(key, list(config))}')
-        if not equals:
+        if not equals and not isinstance(config[key], bool):
             raise UserError(f'config.{key}: needs a value, --config.{key}=VALUE')
 
 
