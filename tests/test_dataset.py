@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import logging
 import os
@@ -9,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +20,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from parallel_train import decode
 from parallel_train.dataset import find_sizes, load_split
 from parallel_train.errors import UserError
 from parallel_train.prepare import SYSTEM_FOLDER, prepare
 from parallel_train.prepared import find_prepared
-from tests.test_idx import pattern, write_set
+from tests.test_idx import NAMES, idx_bytes, pattern, write_set
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -211,11 +214,122 @@ def test_many_processes_decode_once(data_dir: Path) -> None:
     assert len({output.splitlines()[-1] for output in outputs}) == 1
 
 
-def test_a_folder_that_cannot_be_written(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    # A file in the way fails for root as well, unlike a folder without write permission.
-    (data_dir / 'mnist/3.0.1/decoded').write_text('')
-    with caplog.at_level(logging.WARNING):
+DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes | None]]] = {
+    'truncated': ('images.npy', lambda content: content[:-1]),
+    'half': ('images.npy', lambda content: content[: len(content) // 2]),
+    'empty': ('images.npy', lambda content: b''),
+    'too long': ('images.npy', lambda content: content + b'x'),
+    'no array': ('images.npy', lambda content: b'PK' + bytes(len(content))),
+    'missing': ('images.npy', lambda content: None),
+    'other shape': ('images.npy', lambda content: content.replace(b'(200, 28, 28, 1)', b'(200, 14, 56, 1)')),
+    'other type': ('images.npy', lambda content: content.replace(b"'|u1'", b"'|i1'")),
+    'labels truncated': ('labels.npy', lambda content: content[:-4]),
+    'labels empty': ('labels.npy', lambda content: b''),
+    'labels of another set': ('labels.npy', lambda content: npy(np.zeros(50, np.int32))),
+    'labels missing': ('labels.npy', lambda content: None),
+}
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize('case', DAMAGE)
+def test_a_decoded_array_that_is_not_whole_is_made_again(
+    data_dir: Path, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    name, damage = DAMAGE[case]
+    load_split('mnist', 'train', data_dir)
+    (folder,) = (data_dir / 'mnist/3.0.1/decoded').iterdir()
+    content = damage((folder / name).read_bytes())
+    assert content != (folder / name).read_bytes()
+    (folder / name).unlink()  # an array may be mapped elsewhere: what is mapped is never changed
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with caplog.at_level(logging.INFO):
         loaded = load_split('mnist', 'train', data_dir)
+    assert len(caplog.messages) == 1 and 'again, as the arrays there are damaged' in caplog.text
+    assert pairs(loaded.images, loaded.labels) == pairs(*pattern(200))
+    assert list((data_dir / 'mnist/3.0.1/decoded').iterdir()) == [folder]
+    caplog.clear()
+    load_split('mnist', 'train', data_dir)
+    assert caplog.messages == []
+
+
+def test_arrays_of_other_records_are_made_again(data_dir: Path, tmp_path: Path) -> None:
+    """The metadata stay; only the files of records are others, of the same size at that."""
+    load_split('mnist', 'train', data_dir)
+    source = write_set(tmp_path / 'idx', train=200, test=50)
+    labels = (9 - pattern(200)[1]).astype(np.uint8)
+    (source / f'{NAMES["train", "labels"]}.gz').write_bytes(gzip.compress(idx_bytes(labels)))
+    prepare('mnist', tmp_path / 'other', source, say=lambda line: None)
+    (theirs,) = (tmp_path / 'other/mnist/3.0.1').glob('*-train.array_record*')
+    ours = data_dir / 'mnist/3.0.1' / theirs.name
+    assert ours.stat().st_size == theirs.stat().st_size
+    shutil.copy(theirs, ours)
+    loaded = load_split('mnist', 'train', data_dir)
+    assert pairs(loaded.images, loaded.labels) == pairs(pattern(200)[0], labels)
+
+
+RECORDS: dict[str, Callable[[bytes], bytes | None]] = {
+    'truncated': lambda content: content[: len(content) // 2],
+    'cut by a block': lambda content: content[: -(2**16)],
+    'empty': lambda content: b'',
+    'zeros': lambda content: bytes(len(content)),
+    'noise': lambda content: np.random.default_rng(0).bytes(len(content)),
+    'noise within': lambda content: content[:9000] + np.random.default_rng(0).bytes(500) + content[9500:],
+    'no record': lambda content: b'404 not found\n',
+    'missing': lambda content: None,
+}
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.parametrize('case', RECORDS)
+def test_damaged_records(data_dir: Path, monkeypatch: pytest.MonkeyPatch, case: str, workers: int) -> None:
+    monkeypatch.setattr(decode, 'cores', lambda: workers)
+    monkeypatch.setattr(decode, '_EXAMPLES_PER_WORKER', 50)
+    (path,) = (data_dir / 'mnist/3.0.1').glob('*-train.array_record*')
+    content = RECORDS[case](path.read_bytes())
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match='damaged: delete this folder and run `prepare` again') as caught:
+        load_split('mnist', 'train', data_dir)
+    assert str(path.parent) in str(caught.value)
+    assert not list((data_dir / 'mnist/3.0.1/decoded').glob('*train-*'))
+    assert len(load_split('mnist', 'test', data_dir).images) == 50  # the other split is whole
+
+
+@pytest.mark.parametrize('name', ['dataset_info.json', 'features.json'])
+@pytest.mark.parametrize(
+    'content', ['', '{', '[]', 'null', '{"splits": 3, "fileFormat": "array_record"}', '\xff']
+)
+def test_damaged_metadata(data_dir: Path, name: str, content: str) -> None:
+    path = data_dir / 'mnist/3.0.1' / name
+    path.write_bytes(content.encode('latin1'))
+    with pytest.raises(UserError, match='damaged: delete this folder and run `prepare` again') as caught:
+        load_split('mnist', 'train', data_dir)
+    assert str(path.parent) in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then the user's cache serves, then memory. A file in the way stops root as well; see also test_cli."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    (data_dir / 'mnist/3.0.1/decoded').write_text('')
+    for again in (False, True):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            loaded = load_split('mnist', 'train', data_dir)
+        assert isinstance(loaded.images, np.memmap) and str(tmp_path / 'cache') in str(loaded.images.filename)
+        assert pairs(loaded.images, loaded.labels) == pairs(*pattern(200))
+        assert len(caplog.messages) == (0 if again else 1)
+        assert again or 'decoded cannot be written' in caplog.text
+    monkeypatch.setenv('XDG_CACHE_HOME', str(data_dir / 'mnist/3.0.1/decoded'))
+    loaded = load_split('mnist', 'train', data_dir)
     assert 'decoding in memory' in caplog.text
     assert pairs(loaded.images, loaded.labels) == pairs(*pattern(200))
 
