@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.test_idx import NAMES, idx_bytes
+from tests.test_idx import NAMES, idx_bytes, write_set
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_EXAMPLES, EVAL_EXAMPLES = 1200, 300
@@ -253,6 +254,24 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory, idx_dir: Path, recipe: Pa
     folder = tmp_path_factory.mktemp('data') / 'tfds'
     run_ok('prepare', f'--config={recipe}', f'--data_dir={folder}', f'--from={idx_dir}')
     return folder
+
+
+@pytest.fixture(scope='session')
+def small_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data_dir with 200 train and 50 test examples, all different, as the set `mnist`. Only to be read."""
+    from parallel_train.prepare import prepare
+
+    folder = tmp_path_factory.mktemp('small_mnist')
+    source = write_set(folder / 'idx', train=200, test=50)
+    prepare('mnist', folder / 'data', source, say=lambda line: None)
+    return folder / 'data'
+
+
+@pytest.fixture
+def undecoded(small_mnist: Path, tmp_path: Path) -> Path:
+    """A copy of `small_mnist` of one's own, never decoded."""
+    ignore = shutil.ignore_patterns('decoded')
+    return Path(shutil.copytree(small_mnist, tmp_path / 'data', ignore=ignore))
 
 
 @pytest.fixture(scope='session')
