@@ -2,6 +2,7 @@
 # From a fresh clone to a trained Fashion-MNIST model, on every device of this machine.
 # Usage: ./launch/quickstart.sh [flags of `train`, such as --config.num_epochs=2 --devices=4; --from=DIR of `prepare`]
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,3s/^# //p' "$0" && exit ;; esac
 case $0 in */*) cd -- "${0%/*}/.." ;; *) cd .. ;; esac
 source launch/setup.sh
 setup_environment "${EXTRAS:-}"

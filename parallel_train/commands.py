@@ -54,7 +54,15 @@ def define_flags(values: flags.FlagValues, names: Sequence[str]) -> None:
 def _workdir(values: Any) -> Path:
     if not values.workdir:
         raise UserError('workdir: is missing; name a folder for the run, --workdir=DIR')
-    return Path(values.workdir)
+    return path_of('workdir', values.workdir)
+
+
+def path_of(field: str, text: str) -> Path:
+    """Returns the path that a flag gives; shells leave the `~` of `--workdir=~/run` to the program."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f'{field}={text!r}: {error}; write the path in full') from error
 
 
 def prepare(config: Any, values: Any) -> None:
@@ -62,7 +70,7 @@ def prepare(config: Any, values: Any) -> None:
     from parallel_train import prepare as prepare_lib
 
     data_dir = dataset.default_data_dir(values.data_dir)
-    source = Path(values['from'].value) if values['from'].value else None
+    source = path_of('from', values['from'].value) if values['from'].value else None
     prepare_lib.prepare(config.dataset, data_dir, source)
     for split in dict.fromkeys((config.train_split, config.eval_split)):
         examples = dataset.load_split(config.dataset, split, data_dir)
@@ -81,7 +89,7 @@ def plan(config: Any, values: Any) -> None:
     if count is None:
         from parallel_train.devices import choose_devices
 
-        workdir = Path(values.workdir) if values.workdir else None
+        workdir = _workdir(values) if values.workdir else None
         count = choose_devices(config, sizes, None, workdir, say=lambda _: None, measure=False)
     planned = make_plan(config, sizes.num_train_examples, sizes.num_eval_examples, count)
     if values.json:

@@ -296,4 +296,8 @@ def _check_labels(name: str, split: str, labels: np.ndarray, num_classes: int) -
 
 def default_data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
     """Returns `data_dir`, or where TFDS keeps datasets by default if it is None."""
-    return Path(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets').expanduser()
+    path = Path(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UserError(f'data_dir={str(path)!r}: {error}; name a folder, --data_dir=DIR') from error

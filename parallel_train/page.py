@@ -11,8 +11,11 @@ from parallel_train import drawing
 
 
 def escape(value: Any) -> str:
-    """Escaped for HTML, without the control characters that no page may hold."""
-    return html.escape(re.sub(r'[\x00-\x08\x0b-\x1f\x7f]', '\ufffd', str(value)))
+    """Escaped for HTML, without what no page may hold: control characters, and bytes that are no text.
+
+    (Python reads such bytes, in a file name say, as surrogates.)
+    """
+    return html.escape(re.sub(r'[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]', '\ufffd', str(value)))
 
 
 def page_of(title: str, body: str) -> str:

@@ -50,7 +50,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f'workdir: {path} cannot be read: {error}') from error
+        raise UserError(
+            f'workdir: {path} cannot be read ({error}); put the right one back, or name another workdir'
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f'workdir: {path} does not hold a JSON object')
     return content

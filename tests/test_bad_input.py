@@ -95,6 +95,9 @@ FIELDS: dict[str, list[str]] = {
     'weight_decay=-1': ['at least 0'],
     'random_flip=maybe': ['True or False'],
     'random_crop_padding=-1': ['at least 0'],
+    'random_crop_padding=99999999999': ['at most'],
+    'warmup_epochs=1e+308': ['less than'],
+    'eval_every_epochs=1e+308': ['less than'],
     'reduction=sum': ['pmean'],
     'log_every_steps=0': ['at least 1'],
     'eval_every_epochs=-1': ['at least 0'],
@@ -138,6 +141,11 @@ FITS: dict[str, tuple[list[str], list[str]]] = {
     'huge': ([f'batch_size={8 * 10**25}'], [f'config.batch_size={8 * 10**25}', '1200']),
     'less than a step': (['num_epochs=0.001'], ['config.num_epochs=0.001', '0.04']),
     'more steps than can be counted': (['num_epochs=1e300'], ['config.num_epochs=1e+300']),
+    'more warmup than can be counted': (['warmup_epochs=1e9'], ['config.warmup_epochs=1e+09', 'at most 858']),
+    'rate beyond floats': (
+        ['learning_rate=1e308', 'learning_rate_scaling=linear', 'reference_batch_size=1'],
+        ['config.learning_rate=1e+308', 'not finite', '48/1'],
+    ),
     'empty train split': (['train_split=train[:0]'], ['train_split', 'train[:0]', 'no examples']),
     'empty eval split': (['eval_split=test[5:5]'], ['eval_split', 'test[5:5]', 'no examples']),
     'unknown split': (['train_split=trian'], ['train_split', 'trian', 'train (1200), test (300)']),
@@ -285,6 +293,9 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     'devices no number': (['plan', '--config=R', '--devices=two'], ['devices', 'two', 'whole number']),
     'devices 1.5': (['plan', '--config=R', '--devices=1.5'], ['devices', '1.5', 'whole number']),
     'devices without value': (['plan', '--config=R', '--devices'], ['--devices', 'value']),
+    'nothing for a folder': (['plan', '--config=R', '--data_dir='], ["data_dir=''", 'needs a value']),
+    'nothing for IDX files': (['prepare', '--config=R', '--from='], ["from=''", 'needs a value']),
+    'home of nobody': (['evaluate', '--workdir=~no_such_user/run'], ['~no_such_user/run', 'in full']),
     'json no boolean': (['plan', '--config=R', '--json=maybe'], ['json', 'maybe']),
     'train without workdir': (['train', '--config=R'], ['workdir', '--workdir=']),
     'evaluate without workdir': (['evaluate'], ['workdir', '--workdir=']),
@@ -298,6 +309,15 @@ def test_command_line(here: Path, recipe: Path, case: str) -> None:
     refused(
         here, *(word.replace('R', str(recipe)) if word.endswith('R') else word for word in line), words=words
     )
+
+
+def test_home_is_expanded(here: Path) -> None:
+    """Shells hand over the ~ of --workdir=~/run as it stands."""
+    refused(here, 'evaluate', '--workdir=~/run', words=[here.parent / 'home' / 'run', 'no job'])
+
+
+def test_name_that_is_no_text(here: Path) -> None:
+    refused(here, 'evaluate', '--workdir=' + os.fsdecode(b'run\xff'), words=['run', 'no job'])
 
 
 def test_debug_shows_the_traceback(here: Path, recipe: Path, data_dir: Path) -> None:

@@ -91,6 +91,11 @@ def test_plan_is_shown_as_a_table(job: Job) -> None:
     assert '8 of 6 examples' in out and f'{TRAIN_EXAMPLES:,}' in out and 'WARNING' not in out
 
 
+def test_plan_on_a_terminal_that_knows_no_unicode(job: Job) -> None:
+    out = run_ok(*job.line('plan', '--devices=4'), env={**job.env, 'PYTHONIOENCODING': 'ascii'}).stdout
+    assert r'48 = 4 devices \xd7 12 examples' in out
+
+
 def test_plan_json_is_the_same_on_any_device_count(job: Job) -> None:
     plans = {n: plan_json(job, f'--devices={n}') for n in (1, 2, 4, 8)}
     for devices, plan in plans.items():
