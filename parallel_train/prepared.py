@@ -7,6 +7,7 @@ TFDS, so that a start with a prepared set costs milliseconds.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fnmatch
 import hashlib
 import json
@@ -122,9 +123,9 @@ def find_prepared(name: str, data_dir: Path) -> Prepared | None:
 
 def unreadable(path: Path, what: str, error: Exception) -> UserError:
     """The error for a prepared set of which a part is not what was written; it names the remedy."""
-    if isinstance(error, PermissionError):
-        return UserError(f'{path}: {what} cannot be read ({error}): get access, or choose another --data_dir')
     reason = ' '.join(str(error).split())[:200]
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # no access, no such path, ...
+        return UserError(f'{path}: {what} cannot be read ({reason}): choose another --data_dir')
     return UserError(
         f'{path}: {what} cannot be read ({type(error).__name__}: {reason}), so the prepared set is damaged: '
         'delete this folder and run `prepare` again'

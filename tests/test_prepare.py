@@ -145,9 +145,13 @@ def test_data_dir_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_data_dir_that_cannot_be_written_is_told_before_anything_is_fetched(tmp_path: Path) -> None:
     (tmp_path / 'file').write_text('')
-    for data_dir in (Path('/proc/no_such_folder/data'), tmp_path / 'file', tmp_path / ('x' * 300)):
+    for data_dir, message in (
+        (Path('/proc/no_such_folder/data'), 'data_dir=.*cannot be written'),
+        (tmp_path / 'file', 'data_dir=.*cannot be written .*file is not a folder'),
+        (tmp_path / ('x' * 300), 'File name too long.*: choose another --data_dir'),
+    ):
         lines: list[str] = []
-        with pytest.raises(UserError, match=r'data_dir=.*cannot be written'):
+        with pytest.raises(UserError, match=message):
             prepare('fashion_mnist', data_dir, say=lines.append)
         assert lines == []  # such as: fetching Debian's package
 

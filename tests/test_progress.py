@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 from typing import Any
 
 import pytest
@@ -74,8 +75,10 @@ for step in (450, 500):
 progress.close()
 """
     ours, theirs = pty.openpty()
-    env = environment(COLUMNS='160', LINES='24')
-    process = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env=env, stdout=theirs, stderr=theirs)
+    termios.tcsetwinsize(theirs, (24, 160))
+    process = subprocess.Popen(
+        [sys.executable, '-c', code], cwd=ROOT, env=environment(), stdout=theirs, stderr=theirs
+    )
     os.close(theirs)
     written = b''
     try:
