@@ -119,6 +119,7 @@ class Supervisor:
     def __init__(self) -> None:
         self.outputs = Output(sys.stdout), Output(sys.stderr)
         self.signals: list[int] = []  # that we got ourselves
+        self._passed_on = 0  # how many of them
         self.processes: list[Process] = []
         self.ended: list[Process] = []  # in the order in which they did
         self.failed_at: float | None = None  # when the first ended that did not end well; monotonic seconds
@@ -140,14 +141,12 @@ class Supervisor:
         self._pass_on()  # from here, for the loop may be waiting for somebody to read what it writes
 
     def _pass_on(self) -> None:
-        """Sends our first signal to all processes, or kills them if there was another."""
-        if self.signals:
+        """Sends our first signal to all processes, once; kills them if there was another."""
+        if self.processes and self._passed_on < len(self.signals):
+            self._passed_on = len(self.signals)
             first = signal.SIGTERM if self.signals[0] == signal.SIGHUP else self.signals[0]
-            self._send(first if len(self.signals) == 1 else signal.SIGKILL)
-
-    def _send(self, number: int) -> None:
-        for process in self.processes:
-            process.send(number)
+            for process in self.processes:
+                process.send(first if len(self.signals) == 1 else signal.SIGKILL)
 
     def start(self, options: Options, program: Sequence[str]) -> None:
         """Starts all processes. Raises OSError if the system has no room for them, and leaves none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -35,13 +36,15 @@ class Output:
     def write(self, lines: Sequence[bytes], prefix: bytes = b'') -> None:
         """Writes lines, or drops them where that cannot be done: a job does not end for its log."""
         data = b''.join(prefix + line + b'\n' for line in lines)
-        try:
-            while data and not self.reader_gone:
+        while data and not self.reader_gone:
+            try:
                 data = data[os.write(self.descriptor, data) :]
-        except BrokenPipeError:
-            self.reader_gone = True
-        except OSError:  # a full disk, a terminal that was closed
-            pass
+            except BlockingIOError:  # somebody who shares it made it so
+                select.select([], [self.descriptor], [])
+            except BrokenPipeError:
+                self.reader_gone = True
+            except OSError:  # a full disk, a terminal that was closed
+                return
 
     def say(self, text: str) -> None:
         """Writes a line of our own."""

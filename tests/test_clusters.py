@@ -1,4 +1,4 @@
-"""Real clusters on this machine: Slurm (completion, preemption and requeue, limits), Open MPI. From Debian's packages."""
+"""Real clusters on this machine, from Debian's packages: Slurm with preemption and limits, Open MPI."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ import pytest
 from tests.conftest import ROOT, environment
 
 pytestmark = pytest.mark.slow
+Submit = Callable[..., str]
 SLURM = ('slurmctld', 'slurmd', 'sbatch', 'munged')
 # One node that is this machine; a queue whose jobs are put back when one of the other queue comes.
 CONFIG = """
@@ -169,8 +169,7 @@ def node_is_idle(cluster: Slurm) -> bool:
     return 'idle' in done.stdout
 
 
-def wait_until(is_so: object, what: str, folder: Path) -> None:
-    assert callable(is_so)
+def wait_until(is_so: Callable[[], bool], what: str, folder: Path) -> None:
     end = time.monotonic() + 60
     while not is_so():
         logs = '\n'.join(f'{file.name}:\n{file.read_text()[-2000:]}' for file in folder.glob('*.log'))
@@ -179,8 +178,8 @@ def wait_until(is_so: object, what: str, folder: Path) -> None:
 
 
 @pytest.fixture
-def submit(slurm: Slurm, tmp_path: Path) -> object:
-    """Submits launch/slurm.sbatch with two tasks; our program runs in the place of `python -m parallel_train`."""
+def submit(slurm: Slurm, tmp_path: Path) -> Submit:
+    """Submits launch/slurm.sbatch with two tasks, and our program in the place of parallel_train."""
     program = tmp_path / 'program.py'
     program.write_text(PROGRAM)
     python = (
@@ -204,8 +203,7 @@ def starts(folder: Path, rank: int) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / f'starts-{rank}').read_text().splitlines()]
 
 
-def test_two_tasks_run_to_completion(slurm: Slurm, submit: object, tmp_path: Path) -> None:
-    assert callable(submit)
+def test_two_tasks_run_to_completion(slurm: Slurm, submit: Submit, tmp_path: Path) -> None:
     job = submit(str(tmp_path), '3')
     assert slurm.wait_for(job, 'COMPLETED', 'FAILED') == 'COMPLETED'
     for rank in range(2):
@@ -216,8 +214,7 @@ def test_two_tasks_run_to_completion(slurm: Slurm, submit: object, tmp_path: Pat
     assert '0: process 0 begins at 0' in log and '1: process 1 begins at 0' in log
 
 
-def test_preempted_queued_again_and_completed(slurm: Slurm, submit: object, tmp_path: Path) -> None:
-    assert callable(submit)
+def test_preempted_queued_again_and_completed(slurm: Slurm, submit: Submit, tmp_path: Path) -> None:
     job = submit(str(tmp_path), '100')
     wait_for_steps(tmp_path)
     urgent = slurm.call('sbatch', '--parsable', '--partition=high', '--wrap=sleep 3', cwd=tmp_path)
@@ -232,8 +229,7 @@ def test_preempted_queued_again_and_completed(slurm: Slurm, submit: object, tmp_
         assert f'{rank}: process {rank} saved' in log
 
 
-def test_the_time_limit_saves_and_queues_again(slurm: Slurm, submit: object, tmp_path: Path) -> None:
-    assert callable(submit)
+def test_the_time_limit_saves_and_queues_again(slurm: Slurm, submit: Submit, tmp_path: Path) -> None:
     # Slurm signals within a minute of the time asked for: at most 120 s before the end of 2 minutes.
     job = submit(str(tmp_path), '300', flags=('--time=2', '--signal=TERM@100'))
     assert slurm.wait_for(job, 'COMPLETED', 'FAILED', 'TIMEOUT', seconds=300) == 'COMPLETED'
@@ -244,9 +240,8 @@ def test_the_time_limit_saves_and_queues_again(slurm: Slurm, submit: object, tmp
 
 @pytest.mark.parametrize(('code', 'runs'), [(2, 1), (3, 1), (1, 3)])
 def test_faults_are_queued_again_and_verdicts_are_final(
-    slurm: Slurm, submit: object, tmp_path: Path, code: int, runs: int
+    slurm: Slurm, submit: Submit, tmp_path: Path, code: int, runs: int
 ) -> None:
-    assert callable(submit)
     job = submit(str(tmp_path), '1', str(code), MAX_RESTARTS='2')
     slurm.wait_for(job, 'FAILED')
     shown = slurm.call('scontrol', 'show', 'job', job)
@@ -254,8 +249,7 @@ def test_faults_are_queued_again_and_verdicts_are_final(
     assert len(starts(tmp_path, 0)) == runs
 
 
-def test_a_cancelled_job_stays_cancelled(slurm: Slurm, submit: object, tmp_path: Path) -> None:
-    assert callable(submit)
+def test_a_cancelled_job_stays_cancelled(slurm: Slurm, submit: Submit, tmp_path: Path) -> None:
     job = submit(str(tmp_path), '1000')
     wait_for_steps(tmp_path)
     slurm.call('scancel', job)
