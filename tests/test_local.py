@@ -306,7 +306,7 @@ sys.exit(75 if number == 2 else 0)
 
 @pytest.mark.parametrize(('code', 'starts'), [(1, 3), (75, 3), (2, 1), (3, 1), (4, 1)])
 def test_restarts_are_counted_and_a_verdict_has_none(tmp_path: Path, code: int, starts: int) -> None:
-    result = run(supervisor(tmp_path, f'start_number()\nsys.exit({code})', restarts=2))
+    result = run(supervisor(tmp_path, f'start_number()\nsys.exit({code})', processes=1, restarts=2))
     assert result.code == code
     assert len(list(tmp_path.glob('start-0-*'))) == starts
 
@@ -341,6 +341,8 @@ def save(*_):
     sys.exit(75)
 
 signal.signal(signal.SIGTERM, save)
+tell(f'ready-{me}')
+wait_for('ready-0', 'ready-1')
 while True:
     print('a line')
     time.sleep(0.01)
