@@ -24,7 +24,7 @@ def read_rows(workdir: Path) -> list[Row]:
       UserError: another line is no row.
     """
     try:
-        lines = (workdir / METRICS).read_text().splitlines(keepends=True)
+        lines = (workdir / METRICS).read_text(errors='replace').splitlines(keepends=True)
     except FileNotFoundError:
         return []
     rows = []

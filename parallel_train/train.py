@@ -77,8 +77,6 @@ def train_and_evaluate(
         )
         workdir_lib.check_plan(workdir, job.config, plan, allow_plan_change)
         mesh = mesh_lib.make_mesh(plan.num_devices)
-        say(plan_table(plan, job.config, job.sizes.source))
-
         # The state: the latest checkpoint's, on whatever devices there are now, or a new one.
         if processes.is_first():
             stack.enter_context(workdir_lib.hold(workdir))
@@ -89,6 +87,7 @@ def train_and_evaluate(
         state = checkpoints.restore_latest(template, mesh_lib.replicated(mesh))
         if state is None:
             state = initialise(job.config, learning_rate_fn, mesh)
+        say(plan_table(plan, job.config, job.sizes.source))  # nothing is refused any more
         start = int(state.step)
         if start == plan.num_steps and (workdir / 'report.html').exists():
             say_complete(workdir, start, say)
