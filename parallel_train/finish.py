@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ def finish(
     seconds = dict(clock.seconds)
     seconds['step'] = max(clock.total() - sum(seconds.values()), 0.0)
     results = _results(config, plan, rows, recorder)
+    results['sha256 of the parameters'] = parameters_sha256(state)
     for name, text in results.items():
         print(f'{name}: {text}')
     spent = sorted(seconds.items(), key=lambda item: -item[1])
@@ -72,6 +74,15 @@ def _results(config: Any, plan: Plan, rows: list[Row], recorder: Recorder) -> di
         results['images/s'] = f'{rate:,.0f}'
     results['devices'] = f'{plan.num_devices} × {jax.devices()[0].device_kind}'
     return results
+
+
+def parameters_sha256(state: TrainState) -> str:
+    """Returns a digest of all parameters, their names, shapes and bits: equal if and only if they are."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(jax.device_get(state.params)):
+        digest.update(f'{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}\n'.encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def command() -> str:

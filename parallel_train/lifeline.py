@@ -133,6 +133,7 @@ class Lifeline:
         if isinstance(error, jax.errors.JaxRuntimeError):
             # A collective fails where another process is gone: `_talk` hears of it, says who, and exits.
             time.sleep(self._limits.heartbeat_timeout + 3 * _BEAT)
+        self._ended.set()  # this process has nothing to hear any more
         first = (str(error).strip() or repr(error)).splitlines()[0]
         code = USER_ERROR if isinstance(error, UserError) else FAULT
         with contextlib.suppress(_StoreError):
@@ -210,7 +211,8 @@ class Lifeline:
         self._put(f'beat/{self._process}', json.dumps([now, self.completed]))
         told = self._get('end')
         if told:
-            self._end(*json.loads(told))
+            message, code = json.loads(told)
+            self._end(message, code, stacks=code == FAULT)
         # Process 0 watches all; the others watch process 0.
         for process in range(self._count) if self._process == 0 else (0,):
             beat = self._get(f'beat/{process}')
@@ -251,10 +253,11 @@ class Lifeline:
         time.sleep(2 * _BEAT if self._store is not None else 0)  # for the others to read it
         self._end(message)
 
-    def _end(self, message: str, code: int = FAULT) -> None:
+    def _end(self, message: str, code: int = FAULT, stacks: bool = True) -> None:
         """Ends this process, telling where it stood."""
-        _say('the Python stacks of all threads:')
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        if stacks:
+            _say('the Python stacks of all threads:')
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
         _say(f'error: {message}; the last completed step known here is {self.completed:,}')
         _exit(code)
 

@@ -7,6 +7,7 @@ The store carries what is said before and beside the collectives; nothing here w
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ def start(cluster: Cluster, heartbeat_timeout: float, timeout: float, say: Calla
     Raises:
       UserError: the coordinator cannot be reached, or not all processes came in time.
     """
+    # XLA's warnings of what is done here on purpose; read when JAX is imported.
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     import jax
 
     # Our own watch (lifeline.py) ends a job with a message that names the process that is gone; JAX's
@@ -50,8 +53,8 @@ def start(cluster: Cluster, heartbeat_timeout: float, timeout: float, say: Calla
             f'{str(error).strip().splitlines()[0]}. Are all processes started, with the same '
             '--num_processes? (On a TPU pod: the command on every worker, --worker=all)'
         ) from error
-    if jax.process_index() == 0:
-        say(f'{jax.process_count()} processes, found by {cluster.found_by}; coordinator {where}')
+    if is_first():
+        say(f'{count()} processes, found by {cluster.found_by}; coordinator {where}')
 
 
 def _await_coordinator(address: str | None, timeout: float) -> None:
@@ -74,15 +77,13 @@ def _await_coordinator(address: str | None, timeout: float) -> None:
 
 
 def count() -> int:
-    import jax
-
-    return jax.process_count() if client() is not None else 1
+    """Returns how many processes the job has; unlike `jax.process_count`, without starting the backend."""
+    return _state().num_processes
 
 
 def index() -> int:
-    import jax
-
-    return jax.process_index() if client() is not None else 0
+    """Returns which of them this is, from 0."""
+    return _state().process_id
 
 
 def is_first() -> bool:
@@ -92,9 +93,13 @@ def is_first() -> bool:
 
 def client() -> Any:
     """Returns the client of the job's key-value store; None for a process on its own."""
+    return _state().client
+
+
+def _state() -> Any:
     from jax._src import distributed  # JAX has no public name for it
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
 def host() -> str:
