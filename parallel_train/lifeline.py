@@ -26,6 +26,7 @@ from parallel_train.errors import FAULT, PREEMPTED, USER_ERROR, UserError
 
 _PERIOD = 0.2  # seconds between two looks
 _BEAT = 1.0  # seconds between two signs of life
+_LAST_WORDS = 3.0  # seconds that process 0 stays for the others to read why the job ends
 _ROOT = 'parallel_train/lifeline'
 _GONE = 'gone'  # the last sign of life of a process that has ended well
 
@@ -143,8 +144,7 @@ class Lifeline:
         if code == FAULT:
             traceback.print_exception(error)
         _say(f'error: {first}')
-        time.sleep(2 * _BEAT)  # the store, if it is here, stays for as long as the others need to read it
-        _exit(code)
+        self._exit(code)
 
     # ------------------------------------------------------------ signals, and a main thread that is stuck
 
@@ -185,7 +185,7 @@ class Lifeline:
         """All are to do `what` at `tick`."""
         if what == 'stop' and tick == 1:  # no process has made a step: it may compile for long yet
             _say('stopped before the first step; nothing to save')
-            _exit(PREEMPTED)
+            self._exit(PREEMPTED)
         self._due = (tick, what)
         if what == self._asked:
             self._asked = ''
@@ -208,7 +208,7 @@ class Lifeline:
             self._put(f'beat/{self._process}', _GONE)
 
     def _beat(self, now: float) -> None:
-        self._put(f'beat/{self._process}', json.dumps([now, self.completed]))
+        self._put(f'beat/{self._process}', json.dumps([now, self.completed, processes.host()]))
         told = self._get('end')
         if told:
             message, code = json.loads(told)
@@ -220,7 +220,8 @@ class Lifeline:
                 self._beats[process] = (beat, now)
             silent = now - self._beats[process][1]
             if beat != _GONE and silent > self._limits.heartbeat_timeout:
-                self._fail(f'process {process} is gone or hangs: no sign of life for {silent:.0f} s')
+                where = f' ({json.loads(beat)[2]})' if beat else ''
+                self._fail(f'process {process}{where} is gone or hangs: no sign of life for {silent:.0f} s')
 
     def _agree(self) -> None:
         """Settles when all do what one asks for: at the first tick that no process has passed."""
@@ -250,7 +251,6 @@ class Lifeline:
         """Ends the whole job."""
         with contextlib.suppress(_StoreError):
             self._put('end', json.dumps([message, FAULT]))
-        time.sleep(2 * _BEAT if self._store is not None else 0)  # for the others to read it
         self._end(message)
 
     def _end(self, message: str, code: int = FAULT, stacks: bool = True) -> None:
@@ -259,7 +259,19 @@ class Lifeline:
             _say('the Python stacks of all threads:')
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         _say(f'error: {message}; the last completed step known here is {self.completed:,}')
-        _exit(code)
+        self._exit(code)
+
+    def _exit(self, code: int) -> None:
+        """Ends this process at once; process 0, where the store is, when the others have read why."""
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        with contextlib.suppress(_StoreError):
+            self._put(f'beat/{self._process}', _GONE)
+            deadline = time.monotonic() + _LAST_WORDS
+            others = range(1, self._count) if self._process == 0 else ()
+            while time.monotonic() < deadline and any(self._get(f'beat/{i}') != _GONE for i in others):
+                time.sleep(_PERIOD / 10)
+        os._exit(code)
 
     def _get(self, key: str) -> str | None:
         try:
@@ -286,9 +298,3 @@ class _StoreError(Exception):
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _exit(code: int) -> None:
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-    os._exit(code)

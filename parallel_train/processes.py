@@ -32,7 +32,6 @@ def start(cluster: Cluster, heartbeat_timeout: float, timeout: float, say: Calla
 
     # Our own watch (lifeline.py) ends a job with a message that names the process that is gone; JAX's
     # would abort with a stack trace. JAX's stays as the last resort, a good deal later.
-    jax.config.update('jax_enable_recoverability', True)
     jax.config.update('jax_enable_preemption_service', False)
     where = cluster.coordinator or 'found by JAX'
     if cluster.process_id:

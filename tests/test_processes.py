@@ -1,0 +1,371 @@
+"""Jobs of several processes, for real: gloo between processes of this machine, real signals, real deaths."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import (
+    NUM_STEPS,
+    ROOT,
+    Job,
+    Result,
+    checkpoint_steps,
+    cli,
+    environment,
+    read_rows,
+    restore,
+    run_cli,
+    run_ok,
+    without_timing,
+    write_recipe,
+)
+
+HEARTBEAT = 8  # seconds; a busy machine may stop a process for some of them
+
+
+class Processes:
+    """The processes of one job, each with its output in files."""
+
+    def __init__(self, folder: Path, commands: list[list[str]], env: dict[str, str]):
+        folder.mkdir(parents=True)
+        self._files = [(folder / f'stdout{i}', folder / f'stderr{i}') for i in range(len(commands))]
+        self.all = [
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=open(out, 'w'),
+                stderr=open(err, 'w'),
+            )
+            for command, (out, err) in zip(commands, self._files, strict=True)
+        ]
+
+    def wait_until(self, came: Callable[[], bool], seconds: float = 200) -> None:
+        deadline = time.monotonic() + seconds
+        while not came():
+            assert time.monotonic() < deadline, self.outputs()
+            assert all(process.poll() is None for process in self.all), self.outputs()
+            time.sleep(0.01)
+
+    def results(self, seconds: float = 200) -> list[Result]:
+        deadline = time.monotonic() + seconds
+        for process in self.all:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                raise AssertionError(self.outputs()) from None
+        return [
+            Result(process.returncode, out.read_text(), err.read_text())
+            for process, (out, err) in zip(self.all, self._files, strict=True)
+        ]
+
+    def outputs(self) -> str:
+        return '\n'.join(f'--- {file}\n{file.read_text()}' for files in self._files for file in files)
+
+    def close(self) -> None:
+        for process in self.all:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
+
+
+Start = Callable[..., Processes]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a job of several processes; whatever is left of it ends with the test."""
+    started: list[Processes] = []
+
+    def start(job: Job, workdir: Path, processes: int, devices: int, *more: str) -> Processes:
+        port = free_port()
+        of_all = [*job.train(workdir, devices=devices), f'--num_processes={processes}']
+        commands = [
+            cli(*of_all, f'--coordinator=127.0.0.1:{port}', f'--process_id={i}',
+                f'--heartbeat_timeout={HEARTBEAT}', *more)
+            for i in range(processes)
+        ]  # fmt: skip
+        started.append(Processes(tmp_path / f'job{len(started)}', commands, job.env))
+        return started[-1]
+
+    yield start
+    for processes in started:
+        processes.close()
+
+
+@pytest.fixture(scope='module')
+def tree_job(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, models_dir: Path) -> Job:
+    """The tiny model (BatchNorm, dropout) with augmentation, `reduction='tree'`, 8 shards."""
+    path = tmp_path_factory.mktemp('recipe') / 'tree.py'
+    more = "config.random_flip = True\nconfig.reduction = 'tree'\nconfig.divergence_check_steps = 5"
+    env = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(models_dir)]))
+    return Job(write_recipe(path, 'own_models:Tiny', more), data_dir, env)
+
+
+@pytest.fixture(scope='module')
+def long_job(tree_job: Job, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The same for so long that it is still running when something is done to it."""
+    path = tmp_path_factory.mktemp('recipe') / 'long.py'
+    text = tree_job.recipe.read_text()
+    path.write_text(text.replace('    return config', '    config.num_epochs = 400.0\n    return config'))
+    return Job(path, tree_job.data_dir, tree_job.env)
+
+
+@pytest.fixture(scope='module')
+def alone(tree_job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process with one device, never interrupted."""
+    workdir = tmp_path_factory.mktemp('alone') / 'run'
+    run_ok(*tree_job.train(workdir, devices=1), env=tree_job.env)
+    return workdir
+
+
+def assert_same_bits(workdir: Path, reference: Path) -> None:
+    assert without_timing(read_rows(workdir)) == without_timing(read_rows(reference))
+    got, want = restore(workdir, NUM_STEPS), restore(reference, NUM_STEPS)
+    assert got.keys() == want.keys()
+    assert not [name for name in want if got[name].tobytes() != want[name].tobytes()]
+
+
+def saved(workdir: Path, step: int) -> Callable[[], bool]:
+    return lambda: max(checkpoint_steps(workdir), default=0) >= step
+
+
+# ---------------------------------------------------------------- the same bits
+
+
+def test_two_processes_compute_what_one_does(
+    tree_job: Job, alone: Path, start: Start, tmp_path: Path
+) -> None:
+    first, second = start(tree_job, tmp_path / 'run', 2, 4).results()
+    assert (first.code, second.code) == (0, 0), (first, second)
+    assert_same_bits(tmp_path / 'run', alone)
+    assert '2 processes, found by flags' in first.stdout and 'sha256 of the parameters' in first.stdout
+    # Process 0 alone speaks (but for what gloo prints).
+    assert not [line for line in second.stdout.splitlines() if line and not line.startswith('[Gloo]')]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('processes', 'devices'), [(1, 2), (1, 4), (1, 8), (2, 2), (2, 8), (4, 4), (4, 8)])
+def test_all_device_and_process_counts(
+    processes: int, devices: int, tree_job: Job, alone: Path, start: Start, tmp_path: Path
+) -> None:
+    assert [r.code for r in start(tree_job, tmp_path / 'run', processes, devices).results()] == [
+        0
+    ] * processes
+    assert_same_bits(tmp_path / 'run', alone)
+
+
+# ---------------------------------------------------------------- stopping and going on elsewhere
+
+
+def test_a_signal_to_one_stops_all_at_one_step_and_another_hardware_goes_on(
+    tree_job: Job, alone: Path, start: Start, tmp_path: Path
+) -> None:
+    workdir = tmp_path / 'run'
+    job = start(tree_job, workdir, 2, 2)
+    job.wait_until(saved(workdir, 6))
+    job.all[1].send_signal(signal.SIGTERM)
+    first, second = job.results()
+    assert (first.code, second.code) == (75, 75), (first, second)
+    [step] = {line for r in (first, second) for line in r.stderr.splitlines() if 'stopped at step' in line}
+    assert f'stopped at step {max(checkpoint_steps(workdir))} of {NUM_STEPS}' in step
+    assert 'SIGTERM' in second.stderr and 'SIGTERM' not in first.stderr
+    run_ok(*tree_job.train(workdir, devices=8), env=tree_job.env)
+    assert_same_bits(workdir, alone)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_process_on_its_own(
+    number: signal.Signals, tree_job: Job, alone: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / 'run'
+    job = Processes(tmp_path / 'job', [cli(*tree_job.train(workdir, devices=2))], tree_job.env)
+    job.wait_until(saved(workdir, 6))
+    job.all[0].send_signal(number)
+    [result] = job.results()
+    assert result.code == 75, result
+    assert f'{number.name}: saves after the step in flight' in result.stderr
+    assert f'stopped at step {max(checkpoint_steps(workdir))}' in result.stderr
+    run_ok(*tree_job.train(workdir, devices=4), env=tree_job.env)
+    assert_same_bits(workdir, alone)
+
+
+def test_a_second_signal_ends_at_once(long_job: Job, tmp_path: Path) -> None:
+    workdir = tmp_path / 'run'
+    job = Processes(tmp_path / 'job', [cli(*long_job.train(workdir, devices=2))], long_job.env)
+    job.wait_until(saved(workdir, 6))
+    os.kill(job.all[0].pid, signal.SIGSTOP)  # so that both arrive before anything is done about the first
+    os.kill(job.all[0].pid, signal.SIGTERM)
+    os.kill(job.all[0].pid, signal.SIGINT)
+    os.kill(job.all[0].pid, signal.SIGCONT)
+    [result] = job.results()
+    assert result.code in (128 + signal.SIGINT, 128 + signal.SIGTERM), result
+    assert 'ends at once' in result.stderr
+
+
+def test_a_signal_before_the_first_step_ends_all_at_once(long_job: Job, start: Start, tmp_path: Path) -> None:
+    job = start(long_job, tmp_path / 'run', 2, 2)
+    job.wait_until(lambda: 'Plan' in job.outputs())  # then the first step is compiled
+    job.all[0].send_signal(signal.SIGTERM)
+    for result in job.results(60):
+        assert result.code == 75, job.outputs()
+
+
+# ---------------------------------------------------------------- faults
+
+
+def test_a_process_that_dies_is_named_and_the_job_goes_on_elsewhere(
+    tree_job: Job, alone: Path, start: Start, tmp_path: Path
+) -> None:
+    workdir = tmp_path / 'run'
+    job = start(tree_job, workdir, 2, 2)
+    job.wait_until(saved(workdir, 12))
+    job.all[1].kill()
+    since = time.monotonic()
+    first, second = job.results()
+    assert second.code == -signal.SIGKILL and first.code == 1, first
+    assert f'process 1 ({socket.gethostname()}) is gone or hangs' in first.stderr
+    assert 'last completed step' in first.stderr and 'train.py' in first.stderr  # where it stood
+    assert time.monotonic() - since < HEARTBEAT + 15
+    run_ok(*tree_job.train(workdir, devices=1), env=tree_job.env)
+    assert_same_bits(workdir, alone)
+
+
+def test_the_death_of_the_coordinator_is_named(long_job: Job, start: Start, tmp_path: Path) -> None:
+    job = start(long_job, tmp_path / 'run', 2, 2)
+    job.wait_until(saved(tmp_path / 'run', 6))
+    job.all[0].kill()
+    _, second = job.results()
+    assert second.code not in (0, 75), second
+    assert 'process 0' in second.stderr or 'leader' in second.stderr, second  # JAX's word for it
+
+
+def test_a_process_that_hangs_is_named(long_job: Job, start: Start, tmp_path: Path) -> None:
+    job = start(long_job, tmp_path / 'run', 2, 2)
+    job.wait_until(saved(tmp_path / 'run', 6))
+    job.all[1].send_signal(signal.SIGSTOP)
+    job.all[0].wait(HEARTBEAT + 60)
+    job.all[1].kill()
+    first, _ = job.results()
+    assert first.code == 1 and 'process 1' in first.stderr and 'is gone or hangs' in first.stderr, first
+
+
+STUCK = """
+import time
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+calls = 0
+
+
+def wait(x):
+    global calls
+    calls += 1
+    if calls > 30:
+        time.sleep(10_000)
+    return np.float32(0)
+
+
+class Stuck(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(10)(x.reshape((x.shape[0], -1)))
+        if train:
+            zero = jax.pure_callback(wait, jax.ShapeDtypeStruct((), 'float32'), 0, vmap_method='sequential')
+            x = x + jax.lax.stop_gradient(zero)
+        return x
+"""
+
+
+def test_a_step_that_never_ends_is_noticed(job: Job, tmp_path: Path) -> None:
+    (tmp_path / 'stuck.py').write_text(STUCK)
+    env = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
+    more = ['--config.model=stuck:Stuck', '--config.shards=0', '--stall_timeout=6']
+    result = run_cli(*job.train(tmp_path / 'run', *more, devices=1), env=env)
+    assert result.code == 1, result
+    assert 'hangs: no step for' in result.stderr and 'last completed step' in result.stderr
+    assert 'in wait' in result.stderr and 'train.py' in result.stderr  # the stacks of all threads
+
+
+# ---------------------------------------------------------------- what does not fit together
+
+
+def test_processes_that_differ_are_refused_by_name(tree_job: Job, start: Start, tmp_path: Path) -> None:
+    port, common = free_port(), [*tree_job.train(tmp_path / 'run', devices=2), '--num_processes=2']
+    commands = [
+        cli(*common, f'--coordinator=127.0.0.1:{port}', f'--process_id={i}', f'--config.seed={i}')
+        for i in range(2)
+    ]
+    for result in Processes(tmp_path / 'job', commands, tree_job.env).results():
+        assert result.code == 2, result
+        assert 'error: process 1: config.seed is 1, process 0 has 0' in result.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_process_that_does_not_come_is_waited_for_only_so_long(tree_job: Job, tmp_path: Path) -> None:
+    flags = [f'--coordinator=127.0.0.1:{free_port()}', '--num_processes=2', '--start_timeout=6']
+    for process in (0, 1):
+        result = run_cli(
+            *tree_job.train(tmp_path / 'run', *flags, f'--process_id={process}'), env=tree_job.env
+        )
+        assert result.code == 2, result
+        assert result.stderr.startswith('error: coordinator=') and 'within 6 s' in result.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        (['--num_processes=2'], 'coordinator: is missing'),
+        (
+            ['--coordinator=here', '--num_processes=2', '--process_id=0'],
+            "coordinator='here': must be HOST:PORT",
+        ),
+        (['--coordinator=a:1', '--num_processes=2', '--process_id=2'], 'process_id=2: must be from 0 to'),
+        (['--coordinator=a:1', '--num_processes=0', '--process_id=0'], 'num_processes=0: must be at least 1'),
+        (['--heartbeat_timeout=1'], 'heartbeat_timeout=1: must be'),
+        (['--skip_nonfinite=-1'], 'skip_nonfinite=-1: must be at least 0'),
+    ],
+)
+def test_flags_that_are_wrong(flags: list[str], words: str, job: Job, tmp_path: Path) -> None:
+    result = run_cli(*job.train(tmp_path / 'run', *flags))
+    assert result.code == 2 and words in result.stderr, result
+    assert not (tmp_path / 'run').exists()
+
+
+def test_two_jobs_in_one_workdir(long_job: Job, tmp_path: Path) -> None:
+    workdir = tmp_path / 'run'
+    first = Processes(tmp_path / 'job', [cli(*long_job.train(workdir, devices=1))], long_job.env)
+    try:
+        first.wait_until(saved(workdir, 6))
+        result = run_cli(*long_job.train(workdir, devices=1), env=long_job.env)
+        assert result.code == 2 and f'another job runs there (process {first.all[0].pid} on' in result.stderr
+        first.all[0].send_signal(signal.SIGTERM)
+        assert first.results()[0].code == 75
+    finally:
+        first.close()
+
+
+def test_restored_state_is_what_was_saved(alone: Path) -> None:
+    """(The comparisons above can fail: other steps have other bits.)"""
+    steps = checkpoint_steps(alone)
+    a, b = restore(alone, steps[0]), restore(alone, steps[-1])
+    assert [name for name in a if not np.array_equal(a[name], b[name])]
