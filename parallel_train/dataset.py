@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import re
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def not_prepared(name: str, data_dir: Path) -> UserError:
     check_known(name)
     return UserError(
         f'dataset={name!r} is not prepared in data_dir={data_dir}: run '
-        f'`python -m parallel_train prepare --config=... --data_dir={data_dir}`'
+        f'`python -m parallel_train prepare --config=... --data_dir={shlex.quote(str(data_dir))}`'
     )
 
 

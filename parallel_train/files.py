@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,16 @@ def check_writable(field: str, folder: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
     raise UserError(f'{field}={str(folder)!r}: cannot be written ({reason}); name another')
+
+
+def check_room(what: str, folder: Path, needed: int) -> None:
+    """Raises UserError if the disk of `folder` has fewer free bytes than the `needed` ones."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f'{what} needs {needed / 1e6:,.1f} MB in {folder}, where {free / 1e6:,.1f} MB are free: '
+            'make room or choose another --data_dir'
+        )
 
 
 @contextlib.contextmanager
