@@ -54,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
         print(f'error: {error}', file=sys.stderr)
         return DIVERGED
     except KeyboardInterrupt:
-        print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
+        goes_on = '; the same command goes on from the last checkpoint, if one was made'
+        print(f'interrupted{goes_on if argv[1] == "train" else ""}', file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output went away, as `| head` does
         sys.stderr.close()
