@@ -13,6 +13,7 @@ from absl import flags
 from parallel_train import commands
 from parallel_train import config as config_lib
 from parallel_train.errors import Diverged, UserError
+from parallel_train.files import expanded
 
 OK, FAULT, USER_ERROR, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -114,7 +115,7 @@ def _parse(argv: list[str], known: Sequence[str]) -> tuple[Any, Any]:
         raise UserError(f'config={paths[-1]!r}: is given {len(paths)} times; give one file')
     overridden = [a for a in rest if a.lstrip('-').startswith(('config.', 'noconfig.'))]
     if paths:
-        path = commands.path_of('config', paths[0]) if paths[0] else ''
+        path = expanded('config', paths[0]) if paths[0] else ''
         config = config_lib.complete(config_lib.load(path))
         _check_overrides(overridden, config)
         from ml_collections import config_flags

@@ -1,4 +1,4 @@
-"""How are files written so that nobody meets half of them, and is told early where they cannot be?"""
+"""Where may files be written, and how, so that nobody meets half of them?"""
 
 from __future__ import annotations
 
@@ -13,6 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from parallel_train.errors import UserError
+
+
+def expanded(field: str, path: str | os.PathLike[str]) -> Path:
+    """Returns the path that a flag gives; shells leave the `~` of `--workdir=~/run` to the program.
+
+    Raises:
+      UserError: there is no such home; `field` is the flag's name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f'{field}={str(path)!r}: there is no such home folder; write the path in full'
+        ) from error
 
 
 def check_writable(field: str, folder: Path) -> None:
