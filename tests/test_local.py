@@ -288,6 +288,7 @@ def test_faults_and_preemptions_start_again(tmp_path: Path) -> None:
 number = start_number()
 print(f'start {number} at {flags["coordinator"]}')
 if me == 1 and number == 1:
+    wait_for('start-0-1')
     os.kill(os.getpid(), signal.SIGKILL)
 if number == 1:
     time.sleep(1000)
