@@ -326,6 +326,8 @@ def test_what_a_process_started_ends_with_it(tmp_path: Path) -> None:
     body = """
 child = subprocess.Popen(['sleep', '1000'])  # holds our stdout and stderr open
 (folder / f'pid-{me}').write_text(str(child.pid))
+tell(f'ready-{me}')
+wait_for('ready-0', 'ready-1')
 sys.exit(3 * me)
 """
     start = time.monotonic()
