@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from parallel_train.models.conv import conv_general_dilated
+
 
 class ConvNorm(nn.Module):
     """3×3 convolution without bias, BatchNorm, ReLU."""
@@ -17,7 +19,7 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         strides = (self.stride, self.stride)
-        x = nn.Conv(self.width, (3, 3), strides=strides, use_bias=False)(x)
+        x = nn.Conv(self.width, (3, 3), strides, use_bias=False, conv_general_dilated=conv_general_dilated)(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
         return nn.relu(x)
 
