@@ -153,6 +153,7 @@ class Supervisor:
     def start(self, options: Options, program: Sequence[str]) -> None:
         """Starts all processes. Raises OSError if the system has no room for them, and leaves none."""
         self.processes, self.ended = [], []
+        self._passed_on = 0
         self.failed_at = self.kill_at = None
         started: list[Process] = []
         try:
