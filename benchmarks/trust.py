@@ -2,7 +2,7 @@
 
 The guards: a step that is not finite is not applied (update.py), the devices' copies of the state are
 compared every 100 steps (replicas.py), the host stays within seconds of the devices and asks at every
-step whether to stop (pace.py, lifeline.py). Without them: the same loop with a step that applies every update.
+step whether to stop (pace.py, lifeline.py). Without them: the same loop, every update applied.
 All take turns in one process; ratios are formed within each round.
 
     python benchmarks/trust.py [--data_dir=DIR] [--rounds=7] [--devices=4,8] [--images=9600]

@@ -120,7 +120,7 @@ def _cloud_tpu(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _has_tpu_chips() -> bool:
-    """Whether a TPU of v3 to v7x is on the PCI bus: device files have other names from one kind to the next."""
+    """Whether a TPU of v3 to v7x is on the PCI bus (the names of device files differ from kind to kind)."""
     chips = {'0x0027', '0x0056', '0x005e', '0x0062', '0x0063', '0x006f', '0x0076'}  # as jax.hardware_utils
     return any(
         vendor.read_text().strip() == '0x1ae0' and (vendor.parent / 'device').read_text().strip() in chips
