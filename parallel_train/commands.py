@@ -92,7 +92,8 @@ def plan(config: Any, values: Any) -> None:
 
         workdir = _workdir(values) if values.workdir else None
         count = choose_devices(config, sizes, None, workdir, say=lambda _: None, measure=False)
-    planned = make_plan(config, sizes.num_train_examples, sizes.num_eval_examples, count)
+    processes = 1 if values.num_processes is None else values.num_processes
+    planned = make_plan(config, sizes.num_train_examples, sizes.num_eval_examples, count, processes)
     if values.json:
         print(planned.to_json(), end='')
     else:
@@ -194,7 +195,7 @@ COMMANDS = {
     ),
     'plan': Command(
         'print the plan; writes nothing',
-        plan, ('devices', 'json', 'data_dir', 'workdir', 'debug'),
+        plan, ('devices', 'num_processes', 'json', 'data_dir', 'workdir', 'debug'),
     ),
     'train': Command(
         'train, evaluate and checkpoint into --workdir; resumes by itself',
