@@ -135,6 +135,7 @@ class Loop:
 
     run: Any
     state: Any
+    stack: contextlib.ExitStack
 
     def stretch(self, steps: int) -> float:
         """Trains to the end of an epoch from `steps` before it; returns images/s.
@@ -155,8 +156,7 @@ class Loop:
         return steps * plan.batch_size / seconds
 
     def close(self) -> None:
-        self.run.recorder.close()
-        self.run.feed.close()
+        self.stack.close()
 
 
 def wait_for(state: Any) -> None:
@@ -181,38 +181,26 @@ def recipe(**overrides: Any) -> Any:
 
 def open_loop(config: Any, data_dir: Path, num_devices: int, workdir: Path) -> Loop:
     """Returns the loop of `train_and_evaluate` for `config`, at step 0, on devices already started."""
-    from parallel_train import dataset
-    from parallel_train.batches import make_feed
     from parallel_train.clock import Clock
+    from parallel_train.lifeline import Lifeline, Limits
     from parallel_train.mesh import make_mesh
-    from parallel_train.metrics import MetricsLog
     from parallel_train.plan import make_plan
-    from parallel_train.progress import Progress
-    from parallel_train.recorder import Recorder
+    from parallel_train.preflight import check_job
+    from parallel_train.run import open_run
     from parallel_train.schedule import create_learning_rate_fn
     from parallel_train.state import initialise
-    from parallel_train.step import make_train_step
-    from parallel_train.train import Run
 
-    split = dataset.load_split(config.dataset, config.train_split, data_dir)
-    plan = make_plan(config, len(split.images), 1, num_devices)
-    mesh = make_mesh(num_devices)
     workdir.mkdir(parents=True, exist_ok=True)
-    log = MetricsLog(workdir, 0)
-    unused: Any = None  # nothing is evaluated or saved before the last step, which never comes
-    run = Run(
-        plan=plan,
-        clock=Clock(),
-        feed=make_feed(split, config, plan, mesh),
-        evaluator=unused,
-        recorder=Recorder(plan, mesh, log, Progress(plan, 0), 0),
-        log=log,
-        checkpoints=unused,
-        train_steps={1: make_train_step(config, plan, mesh)},
-        step=0,
-    )
-    learning_rate_fn = create_learning_rate_fn(config, plan.peak_learning_rate, plan.steps_per_epoch)
-    return Loop(run, initialise(config, learning_rate_fn, mesh))
+    job = check_job(config, workdir, data_dir, num_devices, allow_plan_change=False)
+    plan = make_plan(job.config, job.sizes.num_train_examples, job.sizes.num_eval_examples, num_devices)
+    mesh = make_mesh(num_devices)
+    learning_rate_fn = create_learning_rate_fn(job.config, plan.peak_learning_rate, plan.steps_per_epoch)
+    state = initialise(job.config, learning_rate_fn, mesh)
+    unused: Any = None  # nothing is saved before the last step, which never comes
+    stack = contextlib.ExitStack()
+    lifeline = stack.enter_context(Lifeline(Limits()))
+    opened = open_run(job, plan, mesh, workdir, state, unused, lifeline, Clock(), skip_nonfinite=0)
+    return Loop(stack.enter_context(opened), state, stack)
 
 
 def choose_devices(config: Any, data_dir: Path, asked: int | None, workdir: Path | None = None) -> int:

@@ -33,11 +33,10 @@ def make_pieces() -> dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], 
     import jax.numpy as jnp
 
     from parallel_train.losses import softmax_cross_entropy
+    from parallel_train.models.conv import conv_general_dilated
 
     def conv(x: Any, kernel: Any) -> Any:
-        return jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-        )
+        return conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
     def relu_pool(x: Any, bias: Any) -> Any:
         return nn.avg_pool(nn.relu(x + bias), (2, 2), (2, 2))

@@ -23,6 +23,7 @@ from parallel_train.errors import (
     ReplicasDiffer,
     UserError,
 )
+from parallel_train.files import expanded
 
 INTERRUPTED = 130
 
@@ -70,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
         print(f'error: {error}', file=sys.stderr)
         return FAULT
     except KeyboardInterrupt:
-        print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
+        goes_on = '; the same command goes on from the last checkpoint, if one was made'
+        print(f'interrupted{goes_on if argv[1] == "train" else ""}', file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output went away, as `| head` does
         sys.stderr.close()
@@ -129,7 +131,7 @@ def _parse(argv: list[str], known: Sequence[str]) -> tuple[Any, Any]:
         raise UserError(f'config={paths[-1]!r}: is given {len(paths)} times; give one file')
     overridden = [a for a in rest if a.lstrip('-').startswith(('config.', 'noconfig.'))]
     if paths:
-        path = commands.path_of('config', paths[0]) if paths[0] else ''
+        path = expanded('config', paths[0]) if paths[0] else ''
         config = config_lib.complete(config_lib.load(path))
         _check_overrides(overridden, config)
         from ml_collections import config_flags

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from parallel_train.errors import UserError
 
@@ -113,6 +114,15 @@ def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
 
 def _cloud_tpu(environ: Mapping[str, str]) -> Cluster | None:
     hosts = environ.get('TPU_WORKER_HOSTNAMES', '')
-    if ',' in hosts or 'MEGASCALE_COORDINATOR_ADDRESS' in environ or os.path.exists('/dev/accel0'):
+    if ',' in hosts or 'MEGASCALE_COORDINATOR_ADDRESS' in environ or _has_tpu_chips():
         return Cluster('Cloud TPU')
     return None
+
+
+def _has_tpu_chips() -> bool:
+    """Whether a TPU of v3 to v7x is on the PCI bus (the names of device files differ from kind to kind)."""
+    chips = {'0x0027', '0x0056', '0x005e', '0x0062', '0x0063', '0x006f', '0x0076'}  # as jax.hardware_utils
+    return any(
+        vendor.read_text().strip() == '0x1ae0' and (vendor.parent / 'device').read_text().strip() in chips
+        for vendor in Path('/sys/bus/pci/devices').glob('*/vendor')
+    )

@@ -62,10 +62,11 @@ def choose_devices(
     Raises:
       UserError: there are not as many as asked for.
     """
+    same_bits = config.reduction == 'tree'
     if asked is not None:
         if asked < 1:
             raise UserError(f'devices={asked}: must be at least 1')
-        start_devices(asked)
+        start_devices(asked, same_bits)
         return make_mesh(asked).size
     if processes.count() > 1:
         return _of_all_processes(config)
@@ -76,7 +77,7 @@ def choose_devices(
         fitting = [count for count in fitting if count <= most] or [1]
     known = remembered(config, sizes)
     count = fitting[0] if len(fitting) == 1 else known if known in fitting else None
-    start_devices(count or max(fitting))
+    start_devices(count or max(fitting), same_bits)
     if jax.default_backend() != 'cpu':
         return len(jax.devices())
     if count:
@@ -86,9 +87,8 @@ def choose_devices(
 
 def _of_all_processes(config: Any) -> int:
     """Starts the backend of one process of several; on CPU with a device a core, where that fits."""
-    start_devices(processes.count() * max(
-        (n for n in range(1, machine.cores() + 1) if _fits(config, n * processes.count())), default=1
-    ))  # fmt: skip
+    fitting = (n for n in range(1, machine.cores() + 1) if _fits(config, n * processes.count()))
+    start_devices(processes.count() * max(fitting, default=1), config.reduction == 'tree')
     return len(jax.devices())
 
 

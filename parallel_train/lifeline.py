@@ -60,7 +60,7 @@ class Lifeline:
         self._ticks, self._moved = 0, time.monotonic()
         self._unwatched = 0
         self._due: tuple[int, str] | None = None  # (tick, what)
-        self._round, self._told_ticks = 0, False
+        self._round, self._told_ticks, self._over = 0, False, False
         self._signals, self._asked = 0, ''
         self._last_save = self._heard = time.monotonic()
         self._ended = threading.Event()
@@ -222,7 +222,7 @@ class Lifeline:
 
     def _agree(self) -> None:
         """Settles when all do what one asks for: at the first tick that no process has passed."""
-        if self._due is not None:
+        if self._due is not None or self._over:
             return
         here = f'round/{self._round}'
         if self._asked:
@@ -239,8 +239,12 @@ class Lifeline:
             if None not in ticks:
                 self._put(f'{here}/go', str(max(int(tick) for tick in ticks if tick) + 1))
         go = self._get(f'{here}/go')
-        if go is not None:
-            self._settle(int(go), what)
+        # A process that has come to the end of its run tells no ticks any more: all come to theirs.
+        over = any(self._get(f'beat/{process}') == _GONE for process in range(self._count))
+        if go is not None or over:
+            if go is not None:
+                self._settle(int(go), what)
+            self._over = over
             self._round, self._told_ticks = self._round + 1, False
             self._lock.release()
 

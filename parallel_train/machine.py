@@ -27,6 +27,10 @@ def cache_dir() -> Path:
         return Path(tempfile.gettempdir()) / f'parallel_train-{os.getuid()}'
 
 
+# With `reduction='tree'` the bits of a result depend on these, besides code and config (tree.py).
+BITS_DEPEND_ON = ('jax', 'jaxlib', 'device kind', 'threads of XLA (CPU)')
+
+
 def environment() -> dict[str, str]:
     """Returns what a result may depend on besides the code: versions, devices, system."""
     import jax
@@ -36,6 +40,9 @@ def environment() -> dict[str, str]:
         'Python': platform.python_version(),
         **{name: version(name) for name in packages},
         'device kind': f'{jax.devices()[0].device_kind} ({jax.default_backend()})',
+        'threads of XLA (CPU)': os.environ.get('NPROC', str(cores()))
+        if jax.default_backend() == 'cpu'
+        else '',
         'processes': str(jax.process_count()),
         'system': platform.platform(),
     }

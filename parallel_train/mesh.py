@@ -17,12 +17,12 @@ from parallel_train.machine import cores
 from parallel_train.reduce import DATA_AXIS
 
 # Threads in the pool of XLA's CPU client, at least. The size of the pool changes the last bits of some
-# results, so it does not follow the number of devices as long as that is at most half of it.
+# results, so it does not follow the number of devices of a process as long as that is at most half of it.
 MIN_CPU_THREADS = 16
 MAX_CPU_DEVICES = 1024  # each takes two threads
 
 
-def start_devices(cpu_devices: int) -> None:
+def start_devices(cpu_devices: int, same_bits: bool = False) -> None:
     """Starts JAX's backend, with `cpu_devices` XLA devices in all processes if that is the CPU.
 
     On CPU the pool of XLA's client is given two threads or more a device. It runs each device's program
@@ -31,6 +31,10 @@ def start_devices(cpu_devices: int) -> None:
     fewer than two threads a device, those two can take the whole pool while the program that all wait
     for has no thread to run on: XLA aborts after 40 seconds. The pool's size is read from the
     environment variable NPROC when the client starts.
+
+    Args:
+      cpu_devices: over all processes.
+      same_bits: let the pool's size, which changes last bits, not follow the number of cores.
 
     Raises:
       UserError: the backend runs already, on the CPU, with fewer devices or a pool that can hang; or the
@@ -49,7 +53,8 @@ def start_devices(cpu_devices: int) -> None:
         return
     here = cpu_devices // processes.count()
     jax.config.update('jax_num_cpu_devices', here)
-    os.environ['NPROC'] = str(max(_default_threads(), MIN_CPU_THREADS, 2 * here))
+    threads = max(MIN_CPU_THREADS, 2 * here)
+    os.environ['NPROC'] = str(threads if same_bits else max(_default_threads(), threads))
     jax.devices()
 
 

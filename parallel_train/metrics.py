@@ -21,12 +21,14 @@ def read_rows(workdir: Path) -> list[Row]:
     """Returns the rows of a run's `metrics.jsonl`; a last line torn by a crash is left out.
 
     Raises:
-      UserError: another line is no row.
+      UserError: another line is no row, or the file cannot be read.
     """
     try:
         lines = (workdir / METRICS).read_text(errors='replace').splitlines(keepends=True)
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(f'workdir={str(workdir)!r}: {METRICS} cannot be read ({error.strerror})') from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -71,11 +73,15 @@ class MetricsLog:
             return
         self._waiting.append(json.dumps(row, allow_nan=False) + '\n')
         self._flush()
-        # Its thread ends at a full disk, and would then be waited for in vain.
-        if self._events.file_writer.event_writer._worker.is_alive():
+        if self._events_live():
             for name, value in row.items():
                 if name not in ('split', 'step') and math.isfinite(value):
                     self._events.add_scalar(f'{row["split"]}/{name}', value, row['step'])
+
+    def _events_live(self) -> bool:
+        """Whether the thread that writes TensorBoard events runs: a full disk ends it, and the end does."""
+        worker = self._events.file_writer.event_writer._worker
+        return worker is not None and worker.is_alive()
 
     def _flush(self) -> bool:
         """Writes the lines that wait; False if the disk does not take them."""
@@ -106,7 +112,7 @@ class MetricsLog:
         if not self._flush():
             return False
         os.fsync(self._file.fileno())
-        if self._events.file_writer.event_writer._worker.is_alive():
+        if self._events_live():
             self._events.flush()
         return True
 
@@ -115,5 +121,5 @@ class MetricsLog:
             with contextlib.suppress(OSError):
                 self.sync()
             self._file.close()
-            if self._events.file_writer.event_writer._worker.is_alive():
+            if self._events_live():
                 self._events.close()

@@ -45,7 +45,7 @@ def start(cluster: Cluster, heartbeat_timeout: float, timeout: float, say: Calla
             coordinator_bind_address=_listen_at(cluster.coordinator),
             initialization_timeout=int(timeout),
             heartbeat_timeout_seconds=int(max(100, 3 * heartbeat_timeout)),
-            shutdown_timeout_seconds=60,
+            shutdown_timeout_seconds=300,  # process 0 writes the report while the others wait
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(

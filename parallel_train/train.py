@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from parallel_train import dataset, processes
+from parallel_train import dataset, machine, processes
 from parallel_train import mesh as mesh_lib
 from parallel_train import workdir as workdir_lib
 from parallel_train.checkpoint import open_checkpoints
@@ -95,7 +95,10 @@ def train_and_evaluate(
         if start:
             say(f'resuming from step {start:,} of {plan.num_steps:,}')
         if processes.is_first():
-            workdir_lib.claim(workdir, job.config, plan)
+            environment = machine.environment()
+            for warning in workdir_lib.changes(workdir, job.config, plan, environment):
+                say(warning)
+            workdir_lib.claim(workdir, job.config, plan, environment)
 
         # The steps.
         run = stack.enter_context(

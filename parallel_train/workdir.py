@@ -16,6 +16,7 @@ from typing import Any
 from parallel_train import config as config_lib
 from parallel_train.errors import UserError
 from parallel_train.files import check_writable
+from parallel_train.machine import BITS_DEPEND_ON
 from parallel_train.plan import HARDWARE_FIELDS, Plan
 
 # What a checkpoint means depends on these, and every version has written them. Where a field that came
@@ -25,6 +26,7 @@ _ALWAYS_WRITTEN = (
     'num_epochs', 'schedule', 'learning_rate', 'optimizer',
 )  # fmt: skip
 CONFIG, PLAN, METRICS, CHECKPOINTS = 'config.json', 'plan.json', 'metrics.jsonl', 'checkpoints'
+ENVIRONMENT = 'environment.json'  # of the last start
 LOCK = '.lock'
 
 
@@ -151,6 +153,23 @@ def check_plan(workdir: Path, config: Any, plan: Plan, allow_plan_change: bool) 
     _refuse_differences(workdir, there, plan.to_dict(), hardware, '', allow_plan_change)
 
 
+def changes(workdir: Path, config: Any, plan: Plan, environment: dict[str, str]) -> list[str]:
+    """Returns what a job that goes on should be told: changes that it may make, but that change numbers."""
+    told = []
+    old_plan = read_json(workdir / PLAN) or {}
+    if not config.shards and old_plan.get('shards', plan.shards) != plan.shards:
+        told.append(
+            f'warning: with config.shards=0 there are now {plan.shards} shards, not {old_plan["shards"]}: '
+            'groups of BatchNorm and keys of dropout change; set config.shards to keep them'
+        )
+    old = read_json(workdir / ENVIRONMENT) or {}
+    other = [name for name in BITS_DEPEND_ON if name in old and old[name] != environment[name]]
+    if config.reduction == 'tree' and other:
+        named = ', '.join(f'{name} was {old[name]}, is {environment[name]}' for name in other)
+        told.append(f'warning: the last bits may not be those of a run that went on as it began: {named}')
+    return told
+
+
 def _refuse_differences(
     workdir: Path,
     old: dict[str, Any],
@@ -172,11 +191,12 @@ def _refuse_differences(
         )
 
 
-def claim(workdir: Path, config: Any, plan: Plan) -> None:
-    """Creates the workdir and writes config and plan into it."""
+def claim(workdir: Path, config: Any, plan: Plan, environment: dict[str, str]) -> None:
+    """Creates the workdir and writes config, plan and environment into it."""
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / CONFIG, config_lib.to_json(config))
     write_atomically(workdir / PLAN, plan.to_json())
+    write_atomically(workdir / ENVIRONMENT, json.dumps(environment, indent=2) + '\n')
 
 
 @contextlib.contextmanager

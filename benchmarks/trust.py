@@ -1,0 +1,113 @@
+"""What does trust cost? Throughput of `reduction='tree'` ÷ `pmean`, and of the loop with guards ÷ without.
+
+The guards: a step that is not finite is not applied (update.py), the devices' copies of the state are
+compared every 100 steps (replicas.py), the host stays within seconds of the devices and asks at every
+step whether to stop (pace.py, lifeline.py). Without them: the same loop, every update applied.
+All take turns in one process; ratios are formed within each round.
+
+    python benchmarks/trust.py [--data_dir=DIR] [--rounds=7] [--devices=4,8] [--images=9600]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import measure
+from overhead import bare_step
+
+TREE_TARGET, GUARDS_TARGET = 0.85, 0.99
+CHECK_EVERY = 100
+
+
+def without_guards(config: Any, data_dir: Path, devices: int, workdir: Path) -> measure.Loop:
+    """Returns the loop with a step that applies whatever it computed, and a host that asks nothing."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    def apply_update(state: Any, sums: Any, plan: Any, skip_nonfinite: int) -> Any:
+        grads = jax.tree.map(lambda g: g / sums['weight'], sums['grads'])
+        measured = {
+            'loss': sums['loss'] / sums['weight'],
+            'accuracy': sums['correct'] / sums['weight'],
+            'grad_norm': optax.global_norm(grads),
+            'updates': jnp.ones((), jnp.float32),
+        }
+        stats = jax.tree.map(lambda s: s / plan.shards, sums['batch_stats'])
+        state = state.apply_gradients(grads=grads, batch_stats=stats)
+        return state.replace(sums=jax.tree.map(jnp.add, state.sums, measured))
+
+    loop = measure.open_loop(config, data_dir, devices, workdir)
+    with mock.patch('parallel_train.step.apply_update', apply_update):
+        loop.stretch(2)  # compiles
+    loop.run.pace.after = lambda state, step: None
+    loop.run.must_stop = lambda: False
+    return loop
+
+
+def measure_devices(devices: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    data_dir, steps = measure.data_dir_of(args.data_dir), args.images // 256
+    configs = {
+        'pmean': measure.recipe(divergence_check_steps=0),
+        'tree': measure.recipe(divergence_check_steps=0, reduction='tree'),
+        'guarded': measure.recipe(divergence_check_steps=CHECK_EVERY),
+    }
+    loops = {
+        name: measure.open_loop(config, data_dir, devices, folder / f'{name}{devices}')
+        for name, config in configs.items()
+    }
+    bare = {name: bare_step(loops[name], configs[name], data_dir) for name in ('pmean', 'tree')}
+    unguarded = without_guards(configs['pmean'], data_dir, devices, folder / f'unguarded{devices}')
+    things = {
+        'pmean': lambda: bare['pmean'](steps),
+        'tree': lambda: bare['tree'](steps),
+        'guarded': lambda: loops['guarded'].stretch(steps),
+        'unguarded': lambda: unguarded.stretch(steps),
+    }
+    measure.interleave(1, things)  # compiles
+    values = measure.interleave(args.rounds, things)
+    for loop in reversed([*loops.values(), unguarded]):  # the last to take the signals first
+        loop.close()
+    return {
+        'devices': devices,
+        'images_per_second': {name: measure.Spread.of(rates) for name, rates in values.items()},
+        'tree_over_pmean': measure.ratio(values['tree'], values['pmean']),
+        'guarded_over_unguarded': measure.ratio(values['guarded'], values['unguarded']),
+        'rounds': values,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--data_dir')
+    parser.add_argument('--devices', default='4,8')
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--images', type=int, default=9600, help='images in one stretch')
+    args = parser.parse_args()
+    counts = [int(count) for count in args.devices.split(',')]
+    facts = measure.environment(('jax', 'jaxlib', 'flax', 'optax', 'numpy'))
+    measure.show_environment(facts)
+    measure.choose_devices(measure.recipe(), measure.data_dir_of(args.data_dir), max(counts))
+    with tempfile.TemporaryDirectory() as folder:
+        results = [measure_devices(count, args, Path(folder)) for count in counts]
+    rows = [
+        [
+            result['devices'],
+            *[result['images_per_second'][name].text() for name in ('pmean', 'tree')],
+            result['tree_over_pmean'].text('.3f'),
+            result['guarded_over_unguarded'].text('.3f'),
+        ]
+        for result in results
+    ]
+    rows.append(['target', '', '', f'≥ {TREE_TARGET}', f'≥ {GUARDS_TARGET}'])
+    header = ['devices', 'pmean, images/s', 'tree, images/s', 'tree ÷ pmean', 'guarded ÷ unguarded loop']
+    print(measure.table(f'Batch 256, {args.rounds} rounds: median (quartiles)', header, rows))
+    measure.write_results('trust', facts, {'images': args.images, 'results': results})
+
+
+if __name__ == '__main__':
+    main()
