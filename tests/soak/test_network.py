@@ -136,8 +136,9 @@ def test_the_link_is_cut_and_mended(tree_job: Job, alone: Path, hosts: list[Host
     assert_same_bits(workdir, alone)
     print(
         f'\n1 fault, survived: link cut {cut - began:.1f} s after the start, at step {kept} or later: the '
-        f'processes ended after {ends[0]:.1f} and {ends[1]:.1f} s (heartbeat_timeout {HEARTBEAT} s), each naming the other; mended '
-        f'and started again, the job resumed from step {kept} and ended {time.monotonic() - mended:.1f} s '
+        f'processes ended after {ends[0]:.1f} and {ends[1]:.1f} s (heartbeat_timeout {HEARTBEAT} s), each '
+        f'naming the other; mended and started again, the job resumed from step {kept} and ended '
+        f'{time.monotonic() - mended:.1f} s '
         'later, the final checkpoint and metrics.jsonl as without the fault'
     )
 
