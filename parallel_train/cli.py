@@ -112,8 +112,7 @@ def _run(argv: list[str]) -> int:
     if values.devices is not None and values.devices < 1:
         raise UserError(f'devices={values.devices}: must be at least 1')
     _set_up_logging(show_ours=not getattr(values, 'json', False))
-    command.run(config, values)
-    return OK
+    return command.run(config, values) or OK
 
 
 def _parse(argv: list[str], known: Sequence[str]) -> tuple[Any, Any]:

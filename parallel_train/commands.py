@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from parallel_train.errors import UserError
+from parallel_train.errors import FAULT, OK, UserError
 from parallel_train.files import expanded
+
+if TYPE_CHECKING:
+    from parallel_train.lifeline import Limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,7 @@ FLAGS = {
     'devices': Flag('integer', 'devices to use; on CPU, XLA devices to make'),
     'debug': Flag('boolean', 'show tracebacks of user errors'),
     'from': Flag('string', 'prepare: folder with the four IDX files'),
-    'json': Flag('boolean', 'plan, evaluate: JSON alone on stdout'),
+    'json': Flag('boolean', 'plan, evaluate, doctor: JSON alone on stdout'),
     'step': Flag('integer', 'evaluate: which checkpoint (default: the latest)'),
     'skip_nonfinite': Flag('integer', 'train: leave out up to so many steps that are not finite'),
     'coordinator': Flag('string', 'HOST:PORT of process 0, in a job of several processes'),
@@ -42,7 +46,7 @@ FLAGS = {
 @dataclasses.dataclass(frozen=True)
 class Command:
     summary: str
-    run: Callable[[Any, Any], None]  # config (None if not given), flag values
+    run: Callable[[Any, Any], int | None]  # config (None if not given), flag values -> exit code (None: 0)
     flags: Sequence[str]
     needs_config: bool = True
 
@@ -100,8 +104,8 @@ def plan(config: Any, values: Any) -> None:
         print(plan_table(planned, config, sizes.source))
 
 
-def train(config: Any, values: Any) -> None:
-    workdir = _workdir(values)
+def _join_job(values: Any) -> Limits:
+    """Joins the job of several processes that flags or environment tell of; returns the time limits."""
     from parallel_train import cluster
     from parallel_train.lifeline import Limits
 
@@ -111,14 +115,21 @@ def train(config: Any, values: Any) -> None:
         if values[name].value is not None
     }
     limits = Limits(**given)
-    skip = values.skip_nonfinite or 0
-    if skip < 0:
-        raise UserError(f'skip_nonfinite={skip}: must be at least 0')
     found = cluster.find_cluster(values.coordinator, values.num_processes, values.process_id)
     if found:
         from parallel_train import processes
 
-        processes.start(found, limits.heartbeat_timeout, limits.start_timeout, say=print)
+        say = (lambda _: None) if getattr(values, 'json', False) else print
+        processes.start(found, limits.heartbeat_timeout, limits.start_timeout, say)
+    return limits
+
+
+def train(config: Any, values: Any) -> None:
+    workdir = _workdir(values)
+    skip = values.skip_nonfinite or 0
+    if skip < 0:
+        raise UserError(f'skip_nonfinite={skip}: must be at least 0')
+    limits = _join_job(values)
     from parallel_train.train import train_and_evaluate
 
     train_and_evaluate(
@@ -143,6 +154,22 @@ def _check_evaluate_config(config: Any, trained: Any, values: Any, workdir: Path
                 f'config.{field}={config[field]!r}: has no effect on an evaluation, and {workdir} was '
                 f'trained with {trained[field]!r}; leave it out. Used are: {", ".join(_OF_EVALUATION)}'
             )
+
+
+def doctor(config: Any, values: Any) -> int:
+    from parallel_train import config as config_lib
+    from parallel_train import dataset
+    from parallel_train import doctor as doctor_lib
+
+    _join_job(values)
+    given = {
+        'data_dir': dataset.default_data_dir(values.data_dir),
+        'workdir': _workdir(values) if values.workdir else None,
+        'devices': values.devices,
+    }
+    config = config_lib.default_config() if config is None else config
+    fit = doctor_lib.diagnose(config, given, values.json, colours=sys.stdout.isatty() and not values.json)
+    return OK if fit else FAULT
 
 
 def evaluate(config: Any, values: Any) -> None:
@@ -201,6 +228,10 @@ COMMANDS = {
         'train, evaluate and checkpoint into --workdir; resumes by itself',
         train,
         ('workdir', 'data_dir', 'devices', 'allow_plan_change', 'skip_nonfinite', *_PROCESS_FLAGS, 'debug'),
+    ),
+    'doctor': Command(
+        'self-test of this machine or job, one line a check',
+        doctor, ('workdir', 'data_dir', 'devices', 'json', *_PROCESS_FLAGS, 'debug'), needs_config=False,
     ),
     'evaluate': Command(
         'exact metrics of a checkpoint on the eval split',
