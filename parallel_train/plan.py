@@ -126,7 +126,7 @@ def make_plan(
     peak = config.learning_rate * _rate_scale(config)
     pieces = schedule_pieces(config, peak, steps_per_epoch)
     warmup_steps = next((math.ceil(p.length) for p in pieces if p.shape == 'linear'), 0)
-    decay_steps = next((math.ceil(p.length) for p in pieces if p.shape == 'cosine'), 0)
+    decay_steps = math.ceil(_decay_length(pieces))
     boundaries = [math.ceil(piece.begin) for piece in pieces[1:]]
     marks = sorted({0, *boundaries, num_steps - 1, num_steps})
     return Plan(
@@ -157,6 +157,14 @@ def make_plan(
         warnings=_warnings(config, pieces, steps_per_epoch, num_steps),
         pieces=pieces,
     )
+
+
+def _decay_length(pieces: tuple[Piece, ...]) -> float:
+    """Returns how many steps lie between the end of the warmup and the last change of the rate."""
+    after_warmup = [piece for piece in pieces if piece.shape != 'linear']
+    if after_warmup[-1].shape == 'cosine':
+        return after_warmup[-1].length
+    return after_warmup[-1].begin - after_warmup[0].begin
 
 
 def _every_steps(every_epochs: float, steps_per_epoch: int, num_steps: int) -> int:
@@ -221,7 +229,13 @@ def _warnings(config: Any, pieces: Iterable[Piece], steps_per_epoch: int, num_st
     warnings = []
     last = list(pieces)[-1]
     final = rate_at(tuple(pieces), num_steps - 1)
-    if last.shape == 'cosine' and num_steps <= last.begin:
+    if config.schedule == 'steps' and num_steps <= last.begin:
+        warnings.append(
+            f'TRAINING ENDS BEFORE THE LAST DECAY: its {num_steps} steps (num_epochs={config.num_epochs:g}) '
+            f'end before step {last.begin:g}, from which on the rate would be {last.start:.6g}; training ends '
+            f'at rate {final:.6g}.'
+        )
+    elif last.shape == 'cosine' and num_steps <= last.begin:
         warnings.append(
             f'TRAINING ENDS INSIDE THE WARMUP: its {num_steps} steps (num_epochs={config.num_epochs:g}) end '
             f'before the {last.begin:g} of the warmup do, so the peak rate is never used; '
