@@ -232,8 +232,8 @@ def _warnings(config: Any, pieces: Iterable[Piece], steps_per_epoch: int, num_st
     if config.schedule == 'steps' and num_steps <= last.begin:
         warnings.append(
             f'TRAINING ENDS BEFORE THE LAST DECAY: its {num_steps} steps (num_epochs={config.num_epochs:g}) '
-            f'end before step {last.begin:g}, from which on the rate would be {last.start:.6g}; training ends '
-            f'at rate {final:.6g}.'
+            f'end before step {last.begin:g}, from which on the rate would be {last.start:.6g}; training '
+            f'ends at rate {final:.6g}.'
         )
     elif last.shape == 'cosine' and num_steps <= last.begin:
         warnings.append(

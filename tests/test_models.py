@@ -21,8 +21,8 @@ start_devices(8)
 IMAGENET = ((224, 224, 3), 1000)
 CIFAR = ((32, 32, 3), 10)
 FASHION = ((28, 28, 1), 10)
-# Counts of torchvision (ResNets), of the paper's model for CIFAR-10 (WRN), of the guide (CNN). ViT-S/16 without
-# class token (384) and learned positions (197 × 384): 76,032 fewer than the original's 22,050,664.
+# Counts of torchvision (ResNets), of the paper's model for CIFAR-10 (WRN), of the guide (CNN). ViT-S/16
+# without class token (384) and learned positions (197 × 384): 76,032 fewer than the original's.
 SIZES = {
     'cnn': (FASHION, 824_458),
     'resnet18': (IMAGENET, 11_689_512),
