@@ -11,9 +11,9 @@ from absl import flags
 
 from parallel_train import commands
 from parallel_train import config as config_lib
-from parallel_train.errors import Diverged, UserError
+from parallel_train.errors import Diverged, DoesNotFit, UserError
 
-OK, FAULT, USER_ERROR, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAULT, USER_ERROR, DIVERGED, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 _USAGE = """usage: python -m parallel_train COMMAND --config=FILE [--config.KEY=VALUE ...] [flags]
 
@@ -47,6 +47,9 @@ def main(argv: Sequence[str]) -> int:
     except Diverged as error:
         print(f'error: {error}', file=sys.stderr)
         return DIVERGED
+    except DoesNotFit as error:
+        print(f'error: {error}', file=sys.stderr)
+        return DOES_NOT_FIT
     except KeyboardInterrupt:
         print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
         return INTERRUPTED

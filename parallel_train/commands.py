@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from parallel_train.errors import UserError
+from parallel_train.errors import DoesNotFit, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,10 @@ FLAGS = {
     'devices': Flag('integer', 'devices to use; on CPU, XLA devices to make'),
     'debug': Flag('boolean', 'show tracebacks of user errors'),
     'from': Flag('string', 'prepare: folder with the four IDX files'),
-    'json': Flag('boolean', 'plan, evaluate: JSON alone on stdout'),
+    'json': Flag('boolean', 'plan, evaluate, compile: JSON alone on stdout'),
     'step': Flag('integer', 'evaluate: which checkpoint (default: the latest)'),
+    'topology': Flag('string', 'compile: for which hardware, such as v5e:2x4,v5p:4x4x4,cpu:8'),
+    'fit': Flag('boolean', 'compile: search the largest batch that fits'),
     'allow_plan_change': Flag('boolean', 'train: continue a job although its config or plan changed'),
 }  # fmt: skip
 
@@ -90,6 +92,29 @@ def plan(config: Any, values: Any) -> None:
         print(plan_table(planned, config, sizes.source))
 
 
+def compile_step(config: Any, values: Any) -> None:
+    from parallel_train import config as config_lib
+    from parallel_train import dataset, topologies
+    from parallel_train.compile import compile_for
+    from parallel_train.show_compile import compile_table
+
+    if not values.topology:
+        raise UserError('topology: is missing; name some hardware, such as --topology=v5e:2x4,v5e:16x16')
+    if values.devices is not None:
+        raise UserError(f'devices={values.devices}: compile takes the number of devices from --topology')
+    wanted = [topologies.parse(name) for name in dict.fromkeys(values.topology.split(','))]
+    sizes = dataset.find_sizes(config, dataset.default_data_dir(values.data_dir))
+    config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
+    rows = compile_for(config, sizes, wanted, values.fit)
+    if values.json:
+        print(json.dumps({'topologies': rows}, indent=2))
+    else:
+        print(compile_table(rows, config, sizes.source))
+    misfits = [row['topology'] for row in rows if not row['fits']]
+    if misfits:
+        raise DoesNotFit(f'does not fit: {", ".join(misfits)}')
+
+
 def train(config: Any, values: Any) -> None:
     workdir = _workdir(values)
     from parallel_train.train import train_and_evaluate
@@ -150,6 +175,10 @@ COMMANDS = {
     'plan': Command(
         'print the plan; writes nothing',
         plan, ('devices', 'json', 'data_dir', 'workdir', 'debug'),
+    ),
+    'compile': Command(
+        'compile the train step for hardware that is not here; says whether it fits',
+        compile_step, ('topology', 'fit', 'json', 'data_dir', 'workdir', 'devices', 'debug'),
     ),
     'train': Command(
         'train, evaluate and checkpoint into --workdir; resumes by itself',

@@ -12,3 +12,7 @@ class UserError(ValueError):
 
 class Diverged(RuntimeError):
     """The loss or the gradient is no longer finite. The command line prints it and exits 3."""
+
+
+class DoesNotFit(RuntimeError):
+    """A recipe does not fit the hardware that it was compiled for. The command line exits 4."""
