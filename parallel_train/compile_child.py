@@ -83,7 +83,9 @@ def _mesh_and_limit(topology: topologies.Topology) -> tuple[Any, int]:
     from parallel_train.reduce import DATA_AXIS
 
     assert topology.chip is not None
-    devices = jax_topologies.get_topology_desc(topology.name, 'tpu').devices
+    # libtpu's default for v4 is a device a core; JAX on a v4 VM has one a chip ("megacore").
+    options = {'chip_config_name': 'megacore'} if topology.name.startswith('v4') else {}
+    devices = jax_topologies.get_topology_desc(topology.name, 'tpu', **options).devices
     assert len(devices) == topology.num_devices, (topology.name, len(devices))
     automatic = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((len(devices),), (DATA_AXIS,), axis_types=automatic, devices=devices)

@@ -9,7 +9,7 @@ def largest_that_fits(measure: Callable[[int], tuple[bool, int]], start: int, mo
     """Returns the largest size that fits, to within 1/32 of itself; 0 if not even 1 does.
 
     Memory grows about linearly, so each guess is where a line through the two nearest measurements meets
-    the limit; every third guess halves what is left, in case it does not.
+    the limit. Where that does not halve what is left (compilers recompute to save memory), the next does.
 
     Args:
       measure: from a size to whether it fits and the bytes that it needs. Each call takes a minute.
@@ -21,6 +21,7 @@ def largest_that_fits(measure: Callable[[int], tuple[bool, int]], start: int, mo
     needed: dict[int, int] = {}
     guess = min(max(start, 1), most)
     while True:
+        width = too_large - fitting
         fits, needed[guess] = measure(guess)
         if fits:
             fitting = guess
@@ -28,8 +29,10 @@ def largest_that_fits(measure: Callable[[int], tuple[bool, int]], start: int, mo
             too_large = guess
         if too_large - fitting <= max(1, fitting // 32):
             return fitting
-        guess = (fitting + too_large) // 2 if len(needed) % 3 == 0 else _where_line_meets(needed, limit)
-        guess = min(max(guess, fitting + 1), too_large - 1)
+        if too_large in needed and too_large - fitting > width / 2:
+            guess = (fitting + too_large) // 2
+        else:
+            guess = min(max(_where_line_meets(needed, limit), fitting + 1), too_large - 1)
 
 
 def _where_line_meets(needed: dict[int, int], limit: int) -> int:
@@ -41,5 +44,5 @@ def _where_line_meets(needed: dict[int, int], limit: int) -> int:
         other_size, other_bytes = by_distance[1]
         slope = (num_bytes - other_bytes) / (size - other_size)
     if slope <= 0:
-        return size + 1
+        return 2 * max(needed)
     return int(size + (limit - num_bytes) / slope)

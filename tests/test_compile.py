@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import pytest
 
+from parallel_train import config as config_lib
 from parallel_train import start_devices
 from parallel_train.batches import HostFeed, ResidentFeed
 from parallel_train.compiled import needed_bytes, step_shapes
@@ -20,6 +21,7 @@ from parallel_train.dataset import Sizes
 from parallel_train.mesh import make_mesh
 from parallel_train.plan import make_plan
 from parallel_train.schedule import create_learning_rate_fn
+from parallel_train.show_compile import compile_table
 from parallel_train.state import initialise
 from tests.conftest import ROOT, environment, run_cli, run_ok
 from tests.test_step import make_config, make_split
@@ -77,16 +79,27 @@ def test_reading_a_compilers_refusal() -> None:
         '41.02G of 15.75G hbm. Exceeded hbm capacity by 25.27G.'
     )
     assert needed_bytes(message) == (round(41.02 * 2**30), round(15.75 * 2**30))
+    message = (
+        'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries '
+        '(16.22G) exceeds available HBM (15.75G).'
+    )
+    assert needed_bytes(message) == (round(16.22 * 2**30), round(15.75 * 2**30))
     assert needed_bytes('INVALID_ARGUMENT: Used 3 of 4 things') is None
 
 
 # ---------------------------------------------------------------- this machine's CPU
 
 
-def test_cpu_is_compiled_measured_and_predicted(recipe: Path, data_dir: Path) -> None:
+@pytest.fixture(scope='module')
+def cpu_run(recipe: Path, data_dir: Path) -> tuple[list[dict[str, Any]], str]:
+    """The rows of cpu:2, and what was said meanwhile."""
     flags = [f'--config={recipe}', f'--data_dir={data_dir}', '--topology=cpu:2']
     result = run_ok('compile', *flags, '--json')
-    [row] = json.loads(result.stdout)['topologies']
+    return json.loads(result.stdout)['topologies'], result.stderr
+
+
+def test_cpu_is_compiled_measured_and_predicted(cpu_run: tuple[list[dict[str, Any]], str]) -> None:
+    [row], said = cpu_run
     assert set(row) >= FIELDS and row['fits'] and row['num_devices'] == 2
     parts = ('argument_bytes', 'temporary_bytes', 'output_bytes', 'code_bytes')
     assert row['hbm_bytes'] == sum(row[part] for part in parts)
@@ -99,15 +112,15 @@ def test_cpu_is_compiled_measured_and_predicted(recipe: Path, data_dir: Path) ->
     assert row['steps_per_epoch'] == 25 and row['boundaries'] == [13]
     # Machines are busy while tests run: this sees a wrong unit or a forgotten device, no more.
     assert 0.25 < row['predicted_step_seconds'] / row['measured_step_seconds'] < 4
-    assert 'compiling for 2 devices' in result.stderr
+    assert 'compiling for 2 devices' in said
 
 
-def test_table(recipe: Path, data_dir: Path) -> None:
-    flags = [f'--config={recipe}', f'--data_dir={data_dir}', '--topology=cpu:1,cpu:2']
-    out = run_ok('compile', *flags).stdout
+def test_table(cpu_run: tuple[list[dict[str, Any]], str], recipe: Path) -> None:
+    config = config_lib.complete(config_lib.load(recipe))
+    table = compile_table(cpu_run[0], config, 'a test')
     for part in ('Memory of a device', 'Predicted', 'Measured here', 'Plan', '1 all-reduce, 3.298 MB'):
-        assert part in out, out
-    assert out.count('\n  cpu:1 ') == out.count('\n  cpu:2 ') == 5
+        assert part in table, table
+    assert table.count('\n  cpu:2 ') == 5
 
 
 # ---------------------------------------------------------------- bad input
@@ -121,7 +134,7 @@ def test_table(recipe: Path, data_dir: Path) -> None:
         (['--topology=cpu:8', '--devices=8'], ['devices=8', '--topology']),
         (['--topology=cpu:8', '--config.shards=0', '--config.batch_size=100'], ['batch_size=100', '96, 104']),
         (['--topology=cpu:3'], ['shards=8', '3 × 1']),
-        (['--topology=cpu:2', '--config.model=own:Gone'], ["model='own'"]),
+        (['--topology=cpu:2', '--config.model=own:Gone'], ["model='own:Gone'", 'cannot import own']),
     ],
 )
 def test_bad_input(flags: list[str], parts: list[str], tmp_path: Path) -> None:

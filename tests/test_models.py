@@ -18,6 +18,7 @@ from parallel_train.step import check_model_and_loss
 
 start_devices(8)
 
+FLOAT32 = jnp.dtype('float32')
 IMAGENET = ((224, 224, 3), 1000)
 CIFAR = ((32, 32, 3), 10)
 FASHION = ((28, 28, 1), 10)
@@ -54,51 +55,65 @@ def test_dtype_is_that_of_products_alone(model: str, dtype: str) -> None:
     check_model_and_loss(config)
     state, module = abstract_state(config, 0.1), create_model(config)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    assert {x.dtype for x in jax.tree.leaves((variables, state.opt_state)) if x.ndim} == {jnp.float32}
+    assert {x.dtype for x in jax.tree.leaves((variables, state.opt_state)) if x.ndim} == {FLOAT32}
     images = jax.ShapeDtypeStruct((2, *config.input_shape), jnp.float32)
 
     def apply(variables: Any, images: jax.Array) -> jax.Array:
         return module.apply(variables, images, **eval_flags(module))
 
-    assert jax.eval_shape(apply, variables, images).dtype == jnp.float32
+    assert jax.eval_shape(apply, variables, images).dtype == FLOAT32
     products = [
         equation.outvars[0].aval.dtype
         for equation in jax.make_jaxpr(apply)(variables, images).eqns
         if equation.primitive.name in ('conv_general_dilated', 'dot_general')
     ]
     *before, head = products  # the last layer gives the logits, in float32
-    assert head == jnp.float32 and len(before) >= 3 and set(before) == {jnp.dtype(dtype)}
+    assert head == FLOAT32 and len(before) >= 3 and set(before) == {jnp.dtype(dtype)}
 
 
-@pytest.mark.parametrize('model', ['resnet18', 'wide_resnet_28_10', 'vit_s16'])
+@pytest.mark.parametrize('model', ['resnet18', 'vit_s16'])
 def test_bfloat16_computes_about_the_same(model: str) -> None:
     config = {dtype: make_config(model, dtype, CIFAR) for dtype in ('float32', 'bfloat16')}
     images = jax.random.uniform(jax.random.key(1), (4, 32, 32, 3))
     models = {dtype: create_model(c) for dtype, c in config.items()}
-    module = models['float32']
-    flags = {'train': True} if takes_train(module) else {}
-    variables = dict(module.init(jax.random.key(0), images, **flags))
-    # The head of ViT and the last scales of the blocks start at 0, which would hide most of the model.
-    variables['params'] = jax.tree.map(lambda p: jnp.where(p.any(), p, 0.1), variables['params'])
-    logits = {
-        dtype: m.apply(variables, images, **flags, mutable=['batch_stats'])[0] for dtype, m in models.items()
-    }
+    flags = {'train': True} if takes_train(models['float32']) else {}
+
+    @jax.jit
+    def all_logits(key: jax.Array) -> dict[str, jax.Array]:
+        variables = dict(models['float32'].init(key, images, **flags))
+        # The head of ViT and the last scales of the blocks start at 0, which would hide most of the model.
+        variables['params'] = jax.tree.map(lambda p: jnp.where(p.any(), p, 0.1), variables['params'])
+        return {
+            dtype: m.apply(variables, images, **flags, mutable=['batch_stats'])[0]
+            for dtype, m in models.items()
+        }
+
+    logits = all_logits(jax.random.key(0))
     exact = logits['float32']
     assert float(jnp.std(exact)) > 0
     # bfloat16 keeps 8 bits: a relative 2^-8 a layer, over tens of layers, in the norm of the logits.
     difference = jnp.linalg.norm(exact - logits['bfloat16']) / jnp.linalg.norm(exact)
-    assert float(difference) < 0.1
+    assert 0 < float(difference) < 0.1
 
 
 def test_a_block_of_resnet50_starts_as_the_identity() -> None:
     """Goyal et al. 2017, section 5.1: the last BatchNorm scale of each block is 0 at first."""
     module = create_model(make_config('resnet50', data=CIFAR))
-    params = jax.jit(module.init)(jax.random.key(0), jnp.ones((1, 32, 32, 3)))['params']
-    blocks = [params[name] for name in params if name.startswith('BottleneckBlock')]
+
+    @jax.jit
+    def scales(key: jax.Array) -> dict[str, dict[str, jax.Array]]:
+        params = module.init(key, jnp.ones((1, 32, 32, 3)))['params']
+        blocks = {name: block for name, block in params.items() if name.startswith('BottleneckBlock')}
+        return {
+            name: {norm: block[norm]['scale'] for norm in block if norm.startswith('BatchNorm')}
+            for name, block in blocks.items()
+        }
+
+    blocks = scales(jax.random.key(0))
     assert len(blocks) == 3 + 4 + 6 + 3
-    for block in blocks:
-        assert not np.any(block['BatchNorm_2']['scale'])
-        assert all(np.all(block[name]['scale'] == 1) for name in ('BatchNorm_0', 'BatchNorm_1'))
+    for block in blocks.values():
+        assert not np.any(block['BatchNorm_2'])
+        assert all(np.all(block[name] == 1) for name in ('BatchNorm_0', 'BatchNorm_1'))
 
 
 def test_the_stride_of_a_bottleneck_is_in_its_3x3() -> None:
