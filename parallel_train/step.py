@@ -229,8 +229,7 @@ def _one_step(
 def cpu_turns(plan: Plan) -> int:
     """Returns in how many turns a CPU device computes its shards: whole shards, of about 32 examples.
 
-    So many examples stay in cache: against all shards at once, 1.1 to 1.4 times the throughput of the
-    guide's CNN on 1 to 4 devices of 2 cores. At least `accumulation_steps`; more than 8 compile long.
+    So many examples stay in cache. At least `accumulation_steps`; more than 8 compile long.
     """
     local_shards = plan.shards // plan.num_devices
     most = max(plan.accumulation_steps, 8)

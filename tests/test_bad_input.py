@@ -200,7 +200,7 @@ FILES: dict[str, tuple[str, list[str]]] = {
     'get_config is a value': ('get_config = 3\n', ['get_config()']),
     'syntax error': ('x = 1\ndef get_config(:\n', ['SyntaxError', 'line 2']),
     'bad indentation': ('def get_config():\nreturn 1\n', ['IndentationError', 'line 2']),
-    'null bytes': ('\0', ['SyntaxError']),
+    'null bytes': ('\0', ['null bytes']),
     'raises': ('def get_config():\n    raise KeyError("boom")\n', ['KeyError', 'boom', 'line 2']),
     'fails to import': ('import no_such_module\n', ['no_such_module', 'line 1']),
     'exits': ('import sys\nsys.exit(3)\n', ['SystemExit', 'line 2']),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from parallel_train.models.conv import conv_general_dilated
 
 
 class CNN(nn.Module):
@@ -21,10 +24,13 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = nn.Conv(features=32, kernel_size=(3, 3), dtype=self.dtype)(x)
+        conv = functools.partial(
+            nn.Conv, kernel_size=(3, 3), dtype=self.dtype, conv_general_dilated=conv_general_dilated
+        )
+        x = conv(features=32)(x)
         x = nn.relu(x)
         x = nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
-        x = nn.Conv(features=64, kernel_size=(3, 3), dtype=self.dtype)(x)
+        x = conv(features=64)(x)
         x = nn.relu(x)
         x = nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
         x = x.reshape((x.shape[0], -1))

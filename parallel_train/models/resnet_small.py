@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from parallel_train.models.conv import conv_general_dilated
+
 
 class ConvNorm(nn.Module):
     """3×3 convolution without bias, BatchNorm, ReLU."""
@@ -19,8 +21,14 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        strides = (self.stride, self.stride)
-        x = nn.Conv(self.width, (3, 3), strides=strides, use_bias=False, dtype=self.dtype)(x)
+        x = nn.Conv(
+            self.width,
+            (3, 3),
+            strides=(self.stride, self.stride),
+            use_bias=False,
+            dtype=self.dtype,
+            conv_general_dilated=conv_general_dilated,
+        )(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype)(x)
         return nn.relu(x)
 
