@@ -29,6 +29,7 @@ _CHILD_ENVIRONMENT = {
     'JAX_PLATFORMS': 'cpu',
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_WORKER_HOSTNAMES': 'localhost',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # nothing runs on a TPU here, so several may compile at a time
     'TPU_MIN_LOG_LEVEL': '3',
     'TPU_STDERR_LOG_LEVEL': '3',
     'TF_CPP_MIN_LOG_LEVEL': '3',

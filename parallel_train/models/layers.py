@@ -6,8 +6,6 @@ from typing import Any
 
 import flax.linen as nn
 
-from parallel_train.models.conv import conv_general_dilated
-
 # He et al. 2015, by the size of the output: what Goyal et al. 2017 (section 5.1) and torchvision use.
 _HE_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
@@ -22,7 +20,6 @@ def conv(features: int, kernel: int, stride: int = 1, *, dtype: Any) -> nn.Conv:
         use_bias=False,
         dtype=dtype,
         kernel_init=_HE_INIT,
-        conv_general_dilated=conv_general_dilated,
     )
 
 
