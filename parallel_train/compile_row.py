@@ -77,15 +77,15 @@ def _why(compiled: Compiled) -> str:
 
 
 def _memory_fields(compiled: Compiled) -> dict[str, int | None]:
-    memory = compiled.memory
+    parts = {'argument_bytes': 'arguments', 'temporary_bytes': 'temporaries', 'output_bytes': 'outputs'}
     return {
         'hbm_bytes': compiled.needed_bytes,
         'hbm_limit_bytes': compiled.limit_bytes,
         'hbm_headroom_bytes': compiled.limit_bytes - compiled.needed_bytes,
-        'argument_bytes': memory and memory.arguments,
-        'temporary_bytes': memory and memory.temporaries,
-        'output_bytes': memory and memory.outputs,
-        'code_bytes': memory and memory.code,
+        **{
+            field: getattr(compiled.memory, part, None)  # None where the compiler refuses
+            for field, part in {**parts, 'code_bytes': 'code'}.items()
+        },
     }
 
 

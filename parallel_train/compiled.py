@@ -83,7 +83,7 @@ def compile_step(config: Any, sizes: Sizes, plan: Plan, mesh: Mesh, limit_bytes:
 
     Raises whatever the compiler raises, but where it says that the program is too large.
     """
-    step = make_train_step(config, plan, mesh)
+    step: Any = make_train_step(config, plan, mesh)
     arguments = step_shapes(config, sizes, plan, mesh, limit_bytes)
     start = time.perf_counter()
     try:
@@ -124,7 +124,8 @@ def _cost(
         fed = config.copy_and_resolve_references().unlock()
         fed.data_placement = 'host'
         shapes = step_shapes(fed, sizes, plan, mesh, 0)
-        program = make_train_step(fed, plan, mesh).lower(*shapes).compile()
+        step: Any = make_train_step(fed, plan, mesh)
+        program = step.lower(*shapes).compile()
     # The body of a loop counts once; the loop over turns runs for all but the first.
     turns = 1 if is_cpu(mesh) else plan.accumulation_steps
     repeated = max(turns, 2) / 2
