@@ -49,8 +49,14 @@ def compile_for(config: Any, sizes: Sizes, topologies: Sequence[Topology], fit: 
       One row a topology, as `compile --json` shows it; docs/foresight.md says what the fields mean.
 
     Raises:
-      UserError: batch and devices do not fit together, the model fails, or libtpu is not installed.
+      UserError: batch and devices do not fit together, the model fails, libtpu is not installed, or the step
+        is not one program (`reduction='tree'`).
     """
+    if config.reduction != 'pmean':
+        raise UserError(
+            f'config.reduction={config.reduction!r}: its step is several programs, and the compiler takes '
+            'one; use --config.reduction=pmean'
+        )
     if fit:
         make_plan(config, sizes.num_train_examples, sizes.num_eval_examples, 1)  # shards divide the batch
     plans = {t.name: None if fit else _plan(config, sizes, t) for t in topologies}

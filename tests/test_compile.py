@@ -133,6 +133,7 @@ def test_table(cpu_run: tuple[list[dict[str, Any]], str], recipe: Path) -> None:
         (['--topology=v5e:3x3'], ["topology='v5e:3x3'", 'v5e:{2x2', 'cpu:N']),
         (['--topology=cpu:8', '--devices=8'], ['devices=8', '--topology']),
         (['--topology=cpu:8', '--config.shards=0', '--config.batch_size=100'], ['batch_size=100', '96, 104']),
+        (['--topology=cpu:8', '--fit', '--config.shards=3'], ['batch_size=128', 'shards=3', '126, 129']),
         (['--topology=cpu:3'], ['shards=8', '3 × 1']),
         (['--topology=cpu:2', '--config.model=own:Gone'], ["model='own:Gone'", 'cannot import own']),
     ],
