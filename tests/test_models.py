@@ -74,12 +74,10 @@ def test_dtype_is_that_of_products_alone(model: str, dtype: str) -> None:
         return module.apply(variables, images, **eval_flags(module))
 
     assert jax.eval_shape(apply, variables, images).dtype == FLOAT32
-    products = [
-        equation.outvars[0].aval.dtype
-        for equation in jax.make_jaxpr(apply)(variables, images).eqns
-        if equation.primitive.name in ('conv_general_dilated', 'dot_general')
-    ]
-    *before, head = products  # the last layer gives the logits, in float32
+    found = products(jax.make_jaxpr(apply)(variables, images).jaxpr)
+    *before, head = [
+        equation.invars[0].aval.dtype for equation in found
+    ]  # the last layer gives the logits, in float32
     assert head == FLOAT32 and len(before) >= 3 and set(before) == {jnp.dtype(dtype)}
 
 

@@ -25,6 +25,11 @@ def sin_cos_positions(height: int, width: int, features: int, temperature: float
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
+def _attention(query: jax.Array, key: jax.Array, value: jax.Array, **_: Any) -> jax.Array:
+    """Softmax attention, all [batch, places, heads, features]; the softmax is float32, whatever the inputs."""
+    return jax.nn.dot_product_attention(query, key, value)
+
+
 class EncoderBlock(nn.Module):
     """Self-attention, then a two-layer perceptron, each on a normalised input and added to it."""
 
@@ -36,7 +41,7 @@ class EncoderBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)(x)
         x = x + nn.MultiHeadDotProductAttention(
-            num_heads=self.heads, dtype=self.dtype, kernel_init=_XAVIER, force_fp32_for_softmax=True
+            num_heads=self.heads, dtype=self.dtype, kernel_init=_XAVIER, attention_fn=_attention
         )(y)
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)(x)
         bias_init = nn.initializers.normal(1e-6)
