@@ -26,7 +26,7 @@ def sin_cos_positions(height: int, width: int, features: int, temperature: float
 
 
 def _attention(query: jax.Array, key: jax.Array, value: jax.Array, **_: Any) -> jax.Array:
-    """Softmax attention, all [batch, places, heads, features]; the softmax is float32, whatever the inputs."""
+    """Attention, all [batch, places, heads, features]; the softmax is float32 whatever the inputs."""
     return jax.nn.dot_product_attention(query, key, value)
 
 
