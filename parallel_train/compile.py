@@ -123,8 +123,7 @@ def _run_child(config: Any, sizes: Sizes, topology: Topology, fit: bool) -> Row:
         )
         try:
             assert child.stdin and child.stdout
-            child.stdin.write(json.dumps(request))
-            child.stdin.close()
+            print(json.dumps(request), file=child.stdin, flush=True)
             row = _listen(child.stdout, topology.name)
             code = child.wait()
         finally:

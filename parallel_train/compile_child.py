@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,8 @@ def main() -> None:
     def answer(**message: Any) -> None:
         print(json.dumps(message), file=answers, flush=True)
 
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     config = config_lib.complete(config_lib.Config(request['config']))
     sizes = Sizes(**{**request['sizes'], 'input_shape': tuple(request['sizes']['input_shape'])})
     topology = topologies.parse(request['topology'])
@@ -37,6 +39,12 @@ def main() -> None:
         answer(row=_row(config, sizes, topology, request['fit'], lambda text: answer(say=text)))
     except UserError as error:
         answer(error=str(error))
+
+
+def _end_with_parent() -> None:
+    """Ends the process when stdin is closed, however the parent ended."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
 
 
 def _row(

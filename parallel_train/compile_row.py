@@ -41,15 +41,17 @@ def row_of(
         'compile_seconds': compiled.seconds,
         'compilers': _versions('jax', 'jaxlib', *(() if topology.is_cpu else ('libtpu',))),
         **dict.fromkeys((
-            'flops_per_step', 'bytes_accessed_per_step', 'collectives', 'predicted_seconds',
-            'predicted_step_seconds', 'predicted_examples_per_second', 'predicted_efficiency', 'bound',
+            'flops_per_step', 'hbm_bytes_per_step', 'bytes_accessed_per_step', 'collectives',
+            'predicted_seconds', 'predicted_step_seconds', 'predicted_examples_per_second',
+            'predicted_efficiency', 'bound',
             'predicted_hours', 'predicted_device_hours', 'measured_step_seconds',
         )),
     }  # fmt: skip
     if not compiled.fits:
         return row
     row['flops_per_step'] = compiled.flops
-    row['bytes_accessed_per_step'] = compiled.hbm_bytes
+    row['hbm_bytes_per_step'] = compiled.hbm_bytes
+    row['bytes_accessed_per_step'] = compiled.bytes_accessed
     row['collectives'] = [dataclasses.asdict(c) for c in compiled.collectives]
     if topology.is_cpu:
         measured = measure_on_cpu(config, sizes, mesh, compiled, say)

@@ -20,8 +20,8 @@ KINDS = (
 _INSTRUCTION = re.compile(
     rf'^\s*(?:ROOT )?%?[\w.-]+ = ([^%"=\n]*?) ({"|".join(KINDS)})(-start)?\(', re.MULTILINE
 )
-_ARRAY = re.compile(r'\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]')
-_COMMENT = re.compile(r'/\*.*?\*/')
+ARRAY = re.compile(r'\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]')
+COMMENT = re.compile(r'/\*.*?\*/')
 _GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])')
 
 
@@ -45,7 +45,7 @@ def collectives(text: str) -> list[Collective]:
       text: optimized HLO, what `compiled.as_text()` gives.
     """
     found: dict[str, list[int]] = {}
-    plain = _COMMENT.sub('', text)
+    plain = COMMENT.sub('', text)
     for match in _INSTRUCTION.finditer(plain):
         result, kind, is_start = match.groups()
         line = plain[match.start() : plain.find('\n', match.end())]
@@ -54,18 +54,19 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _data_bytes(result: str, kind: str, is_start: bool, line: str) -> int:
-    arrays = [(name, shape) for name, shape in _ARRAY.findall(result)]
+    arrays = [(name, shape) for name, shape in ARRAY.findall(result)]
     if is_start and kind != 'all-reduce':  # its result is (operands, results, bookkeeping scalars)
         arrays = [(name, shape) for name, shape in arrays if shape or name not in ('u32', 's32')]
         arrays = arrays[len(arrays) // 2 :]
-    size = sum(_array_bytes(name, shape) for name, shape in arrays)
+    size = sum(array_bytes(name, shape) for name, shape in arrays)
     groups = _GROUPS.search(line)
     if kind == 'reduce-scatter' and groups:
         size *= int(groups[2]) if groups[2] else groups[1].count(',') + 1
     return size
 
 
-def _array_bytes(name: str, shape: str) -> int:
+def array_bytes(name: str, shape: str) -> int:
+    """Returns the size of an array of that element type ('f32') and shape ('128,64')."""
     bits = re.search(r'\d+', name)
     width = 1 if name == 'pred' or bits is None else max(1, int(bits[0]) // 8)
     return width * math.prod(int(side) for side in shape.split(',') if side)

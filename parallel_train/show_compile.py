@@ -71,6 +71,10 @@ def _seconds(seconds: float) -> str:
     return f'{seconds:.3f} s' if seconds >= 1 else f'{seconds * 1e3:.3g} ms'
 
 
+def _hours(hours: float) -> str:
+    return f'{hours:,.1f} h' if hours >= 1 else f'{hours * 60:.1f} min'
+
+
 _MEMORY: _Columns = {
     'devices': lambda row: f'{row["num_devices"]:,}',
     'images each': lambda row: f'{row["per_device_batch_size"]:,}',
@@ -84,7 +88,7 @@ _MEMORY: _Columns = {
 }
 _STEP: _Columns = {
     'arithmetic': lambda row: _flops(row['flops_per_step']),
-    'memory traffic': lambda row: _bytes(row['bytes_accessed_per_step']),
+    'memory traffic': lambda row: _bytes(row['hbm_bytes_per_step']),
     'collectives': _collectives,
     'compiled in': lambda row: f'{row["compile_seconds"]:.0f} s',
 }
@@ -93,7 +97,7 @@ _PREDICTED: _Columns = {
     'images/s': lambda row: f'{row["predicted_examples_per_second"]:,.0f}',
     'efficiency': lambda row: f'{row["predicted_efficiency"]:.1%}',
     'bound': lambda row: row['bound'],
-    'whole run': lambda row: f'{row["predicted_hours"]:,.2f} h',
+    'whole run': lambda row: _hours(row['predicted_hours']),
     'device-hours': lambda row: f'{row["predicted_device_hours"]:,.1f}',
 }
 _MEASURED: _Columns = {
