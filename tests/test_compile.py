@@ -190,6 +190,8 @@ def test_main_recipe_on_v5e(tmp_path: Path) -> None:
     assert (reduction['kind'], reduction['count']) == ('all-reduce', 1)
     assert 4 * CNN_PARAMETERS <= reduction['bytes'] <= 1.01 * 4 * (CNN_PARAMETERS + METRICS)
     assert small['flops_per_step'] == pytest.approx(16 * 25.7e6, rel=0.3)
+    # So small a step reads and writes the state, once; the rest stays on the chip.
+    assert small['hbm_bytes_per_step'] == pytest.approx(2 * state, rel=0.3)
     assert small['predicted_step_seconds'] > 0 and small['bound'] in ('compute', 'hbm', 'interconnect')
     assert 0 < small['predicted_efficiency'] < 1
     # 8 shards do for 8 chips, not for 256: the row says what would.

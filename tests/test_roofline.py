@@ -21,6 +21,7 @@ from parallel_train.roofline import (
     time_lost_fraction,
     torus_seconds,
 )
+from parallel_train.traffic import hbm_bytes
 
 # ---------------------------------------------------------------- topologies
 
@@ -161,6 +162,38 @@ def test_collectives_of_a_program() -> None:
     started = 'ENTRY main {\n  all-reduce-start = f32[3]{0} all-reduce-start(a), to_apply=add\n}\n'
     assert collectives(started) == [Collective('all-reduce', 1, 12)]
     assert collectives('') == []
+
+
+TRAFFIC = """
+%fused (p: f32[1000]) -> f32[1000] {
+  %p = f32[1000]{0} parameter(0)
+  ROOT %inside = f32[1000]{0} negate(%p)
+}
+%body (state: (s32[], f32[100])) -> (s32[], f32[100]) {
+  %state = (s32[]{:T(128)}, f32[100]{0:T(128)}) parameter(0)
+  %value = f32[100]{0:T(128)} get-tuple-element(%state), index=1
+  ROOT %next = f32[100]{0:T(128)} add(%value, %value)
+}
+ENTRY %main (a: f32[1000], table: f32[8,100]) -> f32[1000] {
+  %a = f32[1000]{0:T(256)} parameter(0)
+  %table = f32[8,100]{1,0:T(8,128)} parameter(1)
+  %copy-start = (f32[1000]{0:T(256)S(1)}, f32[1000]{0:T(256)}, u32[]{:S(2)}) copy-start(%a)
+  %copy-done = f32[1000]{0:T(256)S(1)} copy-done(%copy-start)
+  %slice-start = ((f32[8,100]{1,0:T(8,128)}), f32[1,100]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%table), slice={[0:1], [0:100]}
+  %slice-done = f32[1,100]{1,0:T(8,128)S(1)} slice-done(%slice-start)
+  %on_chip = f32[1000]{0:T(256)S(1)} fusion(%copy-done), kind=kLoop, calls=%fused
+  %loop = (s32[], f32[100]{0:T(128)}) while(%tuple), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %out = f32[1000]{0:T(256)} fusion(%on_chip, /*index=1*/%a), kind=kLoop, calls=%fused
+}
+"""  # noqa: E501, as the compiler prints it
+
+
+def test_traffic_counts_main_memory_alone() -> None:
+    copied = 4000  # read once; its place on the chip is no traffic
+    sliced = 400  # a part of the table
+    loop = 3 * (400 + 400 + 400)  # two operands and the result, three times
+    out = 4000 + 4000  # one operand is on the chip
+    assert hbm_bytes(TRAFFIC) == copied + sliced + loop + out
 
 
 # ---------------------------------------------------------------- the largest batch
