@@ -2,7 +2,8 @@
 # From a fresh clone to a trained Fashion-MNIST model, on every device of this machine.
 # Usage: ./launch/quickstart.sh [flags of `train`, such as --config.num_epochs=2 --devices=4; --from=DIR of `prepare`]
 set -euo pipefail
-cd "$(dirname "$0")/.."
+case ${1:-} in -h | --help) sed -n '2,3s/^# //p' "$0" && exit ;; esac
+case $0 in */*) cd -- "${0%/*}/.." ;; *) cd .. ;; esac
 source launch/setup.sh
 setup_environment "${EXTRAS:-}"
 
@@ -10,7 +11,8 @@ config=configs/fashion_mnist.py
 # Other flags make another run, in a folder of its own; the same flags continue the one they began.
 workdir=runs/fashion_mnist
 if (($#)); then
-  workdir+=-$(printf '%s\n' "$@" | cksum | cut -d' ' -f1)
+  sum=$(printf '%s\n' "$@" | cksum)
+  workdir+=-${sum%% *}
 fi
 prepare=()
 train=(--workdir="$workdir") # of a flag given twice the last counts, so the user's own wins
@@ -18,9 +20,9 @@ for flag in "$@"; do
   case $flag in
     --config=*) config=${flag#*=} ;;
     --from=*) prepare+=("$flag") ;;
-    --data_dir=* | --config.*) prepare+=("$flag") train+=("$flag") ;;
+    --data_dir=* | --config.* | --noconfig.*) prepare+=("$flag") train+=("$flag") ;;
     *) train+=("$flag") ;;
   esac
 done
-"$python" -m parallel_train prepare --config="$config" "${prepare[@]}"
+"$python" -m parallel_train prepare --config="$config" ${prepare[@]+"${prepare[@]}"}
 exec "$python" -m parallel_train train --config="$config" "${train[@]}"

@@ -2,7 +2,7 @@
 # From a fresh clone to a green test suite. Usage: ./launch/test.sh [pytest arguments]
 # Tests marked slow run too with: ./launch/test.sh -m 'slow or not slow'
 set -euo pipefail
-cd "$(dirname "$0")/.."
+case $0 in */*) cd -- "${0%/*}/.." ;; *) cd .. ;; esac
 source launch/setup.sh
 setup_environment test
 exec "$python" -m pytest "$@"

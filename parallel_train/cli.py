@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -37,6 +38,11 @@ _NEEDED = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv` (program name first) and returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors='backslashreplace'
+            )  # whatever the terminal can show, and file names hold
     try:
         return _run(list(argv))
     except UserError as error:
@@ -85,6 +91,9 @@ def _run(argv: list[str]) -> int:
     values, config = _parse(argv, command.flags)
     if config is None and command.needs_config:
         raise UserError('config: is missing; name a recipe, such as --config=configs/fashion_mnist.py')
+    for flag in command.flags:
+        if values[flag].value == '':  # as of a shell variable that is not set
+            raise UserError(f"{flag}='': needs a value, --{flag}=VALUE")
     if values.devices is not None and values.devices < 1:
         raise UserError(f'devices={values.devices}: must be at least 1')
     _set_up_logging(show_ours=not getattr(values, 'json', False))
@@ -105,9 +114,10 @@ def _parse(argv: list[str], known: Sequence[str]) -> tuple[Any, Any]:
     config = None
     if len(paths) > 1:
         raise UserError(f'config={paths[-1]!r}: is given {len(paths)} times; give one file')
-    overridden = [a for a in rest if a.lstrip('-').startswith('config.')]
+    overridden = [a for a in rest if a.lstrip('-').startswith(('config.', 'noconfig.'))]
     if paths:
-        config = config_lib.complete(config_lib.load(paths[0]))
+        path = commands.path_of('config', paths[0]) if paths[0] else ''
+        config = config_lib.complete(config_lib.load(path))
         _check_overrides(overridden, config)
         from ml_collections import config_flags
 
@@ -122,11 +132,13 @@ def _parse(argv: list[str], known: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _check_overrides(overridden: list[str], config: Any) -> None:
+    """Booleans may be given as absl takes them: `--config.KEY` is True, `--noconfig.KEY` is False."""
     for argument in overridden:
-        key, equals, _ = argument.lstrip('-').removeprefix('config.').partition('=')
+        name, equals, _ = argument.partition('=')
+        key = name.partition('.')[2]
         if key not in config:
             raise UserError(f'config.{key}: there is no such field{config_lib.nearest(key, list(config))}')
-        if not equals:
+        if not equals and not isinstance(config[key], bool):
             raise UserError(f'config.{key}: needs a value, --config.{key}=VALUE')
 
 

@@ -56,7 +56,15 @@ def define_flags(values: flags.FlagValues, names: Sequence[str]) -> None:
 def _workdir(values: Any) -> Path:
     if not values.workdir:
         raise UserError('workdir: is missing; name a folder for the run, --workdir=DIR')
-    return Path(values.workdir)
+    return path_of('workdir', values.workdir)
+
+
+def path_of(field: str, text: str) -> Path:
+    """Returns the path that a flag gives; shells leave the `~` of `--workdir=~/run` to the program."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f'{field}={text!r}: {error}; write the path in full') from error
 
 
 def prepare(config: Any, values: Any) -> None:
@@ -64,7 +72,7 @@ def prepare(config: Any, values: Any) -> None:
     from parallel_train import prepare as prepare_lib
 
     data_dir = dataset.default_data_dir(values.data_dir)
-    source = Path(values['from'].value) if values['from'].value else None
+    source = path_of('from', values['from'].value) if values['from'].value else None
     prepare_lib.prepare(config.dataset, data_dir, source)
     for split in dict.fromkeys((config.train_split, config.eval_split)):
         examples = dataset.load_split(config.dataset, split, data_dir)
@@ -83,7 +91,7 @@ def plan(config: Any, values: Any) -> None:
     if count is None:
         from parallel_train.devices import choose_devices
 
-        workdir = Path(values.workdir) if values.workdir else None
+        workdir = _workdir(values) if values.workdir else None
         count = choose_devices(config, sizes, None, workdir, say=lambda _: None, measure=False)
     planned = make_plan(config, sizes.num_train_examples, sizes.num_eval_examples, count)
     if values.json:
@@ -122,6 +130,25 @@ def train(config: Any, values: Any) -> None:
     train_and_evaluate(config, workdir, values.data_dir, values.devices, values.allow_plan_change)
 
 
+# What `evaluate --config` may change: on what and how it is evaluated, not what was trained.
+_OF_EVALUATION = ('dataset', 'eval_split', 'eval_batch_size', 'data_placement')
+
+
+def _check_evaluate_config(config: Any, trained: Any, values: Any, workdir: Path) -> None:
+    """Refuses another model, and overrides that would change nothing."""
+    if config.model != trained.model:
+        raise UserError(
+            f'config.model={config.model!r}: {workdir} holds a {trained.model!r}; give the config '
+            'that it was trained with, or none'
+        )
+    for field in (name.removeprefix('config.') for name in values if name.startswith('config.')):
+        if field not in _OF_EVALUATION and config[field] != trained[field]:
+            raise UserError(
+                f'config.{field}={config[field]!r}: has no effect on an evaluation, and {workdir} was '
+                f'trained with {trained[field]!r}; leave it out. Used are: {", ".join(_OF_EVALUATION)}'
+            )
+
+
 def evaluate(config: Any, values: Any) -> None:
     workdir = _workdir(values)
     from parallel_train import dataset
@@ -132,15 +159,11 @@ def evaluate(config: Any, values: Any) -> None:
     from parallel_train.mesh import make_mesh, replicated
 
     trained = workdir_lib.read_config(workdir)
-    if config is not None:  # may change where and how it is evaluated, not what was trained
+    if config is not None:
+        _check_evaluate_config(config, trained, values, workdir)
         with trained.unlocked():
-            for field in ('dataset', 'eval_split', 'eval_batch_size', 'data_placement'):
+            for field in _OF_EVALUATION:
                 trained[field] = config[field]
-        if config.model != trained.model:
-            raise UserError(
-                f'config.model={config.model!r}: {workdir} holds a {trained.model!r}; give the config '
-                'that it was trained with, or none'
-            )
     data_dir = dataset.default_data_dir(values.data_dir)
     split = dataset.load_split(trained.dataset, trained.eval_split, data_dir)
     shape, classes = split.images.shape[1:], split.num_classes

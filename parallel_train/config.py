@@ -36,6 +36,8 @@ BUILT_IN_LOSSES = {'softmax_cross_entropy': 'parallel_train.losses:softmax_cross
 SCHEDULES = ('cosine', 'steps', 'constant')
 OPTIMIZERS = ('sgd', 'adamw')
 
+MAX_STEPS = 2**31 - 1  # the state counts them in int32; an epoch has at least one
+
 # Fields that change how a run uses the hardware or reports, but not what it computes: a resume may
 # change them freely. `data_placement` and `steps_per_dispatch` give the same examples in the same steps.
 RUN_FIELDS = ('data_placement', 'steps_per_dispatch', 'keep_checkpoints')
@@ -116,7 +118,9 @@ def _shape(value: Any) -> str | None:
 
 
 def _epochs(value: Any) -> str | None:
-    is_row = isinstance(value, tuple | list) and all(_number(0, exclusive=True)(v) is None for v in value)
+    is_row = isinstance(value, tuple | list) and all(
+        _number(0, exclusive=True, below=MAX_STEPS)(v) is None for v in value
+    )
     if is_row and all(a < b for a, b in zip(value, value[1:], strict=False)):
         return None
     return 'must be epochs in rising order, such as (30, 60, 80), or () for none'
@@ -136,7 +140,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'num_classes': _integer(0),
     'batch_size': _integer(1),
     'eval_batch_size': _integer(1),
-    'num_epochs': _number(0, exclusive=True),
+    'num_epochs': _number(0, exclusive=True, below=MAX_STEPS),
     'accumulation_steps': _integer(1),
     'shards': _integer(0),
     'reduction': _one_of('pmean'),
@@ -144,7 +148,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'learning_rate': _number(0),
     'learning_rate_scaling': _one_of('none', 'linear', 'sqrt'),
     'reference_batch_size': _integer(1),
-    'warmup_epochs': _number(0),
+    'warmup_epochs': _number(0, below=MAX_STEPS),
     'warmup_learning_rate': _number(0),
     'decay_epochs': _epochs,
     'decay_factor': _number(0, exclusive=True),
@@ -153,11 +157,11 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'nesterov': _boolean,
     'weight_decay': _number(0),
     'gradient_clip_norm': _number(0),
-    'random_crop_padding': _integer(0),
+    'random_crop_padding': _integer(0, 2**16),
     'random_flip': _boolean,
     'log_every_steps': _integer(1),
-    'eval_every_epochs': _number(0),
-    'checkpoint_every_epochs': _number(0),
+    'eval_every_epochs': _number(0, below=MAX_STEPS),
+    'checkpoint_every_epochs': _number(0, below=MAX_STEPS),
     'keep_checkpoints': _integer(1),
     'data_placement': _one_of('auto', 'device', 'host'),
     'steps_per_dispatch': _integer(1),

@@ -1,7 +1,7 @@
 """What is in the dataset, as arrays?
 
 `find_sizes` tells how much, with or without the data; `load_split` gives the examples. The images
-of a prepared set are decoded once, into memory-mapped files in its folder `decoded/`.
+of a prepared set are decoded once, into memory-mapped files (decoded.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from parallel_train.config import import_object, nearest
-from parallel_train.decode import image_shape, load_decoded
+from parallel_train.decode import image_shape
+from parallel_train.decoded import load_decoded
 from parallel_train.errors import UserError
 from parallel_train.prepared import Features, Prepared, find_prepared, parse_features, parse_name
 
@@ -295,4 +296,8 @@ def _check_labels(name: str, split: str, labels: np.ndarray, num_classes: int) -
 
 def default_data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
     """Returns `data_dir`, or where TFDS keeps datasets by default if it is None."""
-    return Path(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets').expanduser()
+    path = Path(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UserError(f'data_dir={str(path)!r}: {error}; name a folder, --data_dir=DIR') from error

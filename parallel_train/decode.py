@@ -1,6 +1,4 @@
-"""How do the records of a prepared set become arrays, and where are those kept?
-
-In the folder `decoded/` of the set, one subfolder a split, keyed by the set's fingerprint.
+"""How do the records of a prepared set become arrays?
 
 Small images are bound by Python's own work, which threads do not share out, so several processes
 each decode a run of examples into one memory-mapped file. They are started as `python -m
@@ -9,13 +7,12 @@ parallel_train.decode`, since `multiprocessing` would import the caller's main m
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import logging
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,64 +20,11 @@ import numpy as np
 
 from parallel_train.errors import UserError
 from parallel_train.machine import cores
-from parallel_train.prepared import Prepared, exclusive, sync
+from parallel_train.prepared import Prepared, unreadable
 
 _EXAMPLES_PER_WORKER = 5_000  # below this, starting a process costs more than it saves
 _MAX_WORKERS = 64
 _CHUNK = 500
-_log = logging.getLogger(__name__)
-
-
-def load_decoded(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [n, h, w, c] and labels int32 [n] of a named split, decoded now if never before.
-
-    The images are memory-mapped; in memory, with a line in the log, where the set's folder cannot
-    be written. Raises UserError as `decode_to_files`, or if the disk has no room.
-    """
-    root = prepared.path / 'decoded'
-    folder = root / f'{split}-{prepared.fingerprint}'
-    if not folder.is_dir():
-        try:
-            root.mkdir(exist_ok=True)
-            tempfile.TemporaryFile(dir=root).close()  # finds out whether it can be written
-        except OSError as error:
-            _log.warning('%s cannot be written (%s): decoding in memory', root, error.strerror)
-            return _decode_in_memory(prepared, split)
-        with exclusive(root / f'.{split}.lock') as alone:
-            if not folder.is_dir():
-                _decode_to(folder, prepared, split, alone)
-    return np.load(folder / 'images.npy', mmap_mode='r'), np.load(folder / 'labels.npy')
-
-
-def _decode_to(folder: Path, prepared: Prepared, split: str, alone: bool) -> None:
-    shape = (sum(prepared.shard_lengths[split]), *image_shape(prepared, split))
-    root = folder.parent
-    if alone:  # then these are stale, or left by a process that was killed
-        for old in (*root.glob(f'.{split}-*.part'), *root.glob(f'{split}-' + '[0-9a-f]' * 12)):
-            shutil.rmtree(old, ignore_errors=True)
-    needed, free = int(np.prod(shape)) + 4 * shape[0], shutil.disk_usage(root).free
-    if needed > free:
-        raise UserError(
-            f'decoding {prepared.name} {split!r} needs {needed / 1e9:.1f} GB in {root}, where '
-            f'{free / 1e9:.1f} GB are free: make room or choose another --data_dir'
-        )
-    _log.info('decoding %s %r, once: %d images into %s', prepared.name, split, shape[0], folder)
-    part = Path(tempfile.mkdtemp(prefix=f'.{split}-', suffix='.part', dir=root))
-    try:
-        images, labels = part / 'images.npy', part / 'labels.npy'
-        _create(images, np.uint8, shape)
-        _create(labels, np.int32, shape[:1])
-        decode_to_files(prepared.path, split, images, labels)
-        for path in (images, labels):
-            sync(path)
-        part.chmod(0o755)
-        part.rename(folder)
-        sync(root)
-    except OSError:
-        if not folder.is_dir():  # else another process was faster, where locks do not work
-            raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def image_shape(prepared: Prepared, split: str) -> tuple[int, ...]:
@@ -94,8 +38,8 @@ def image_shape(prepared: Prepared, split: str) -> tuple[int, ...]:
 def decode_to_files(set_path: Path, split: str, images: Path, labels: Path) -> None:
     """Fills the existing .npy files `images` uint8 [n, h, w, c] and `labels` int32 [n].
 
-    `set_path` is the folder of the set's version. Raises UserError if an example has another shape
-    or its label is negative.
+    `set_path` is the folder of the set's version. Raises UserError if a record is damaged, an example
+    has another shape or its label is negative.
     """
     num_examples = len(np.load(labels, mmap_mode='r'))
     num_workers = min(cores(), _MAX_WORKERS, max(1, num_examples // _EXAMPLES_PER_WORKER))
@@ -134,7 +78,9 @@ def decode_into(
     source = open_source(set_path, split)
     for first in range(start, stop, _CHUNK):
         indices = range(first, min(first + _CHUNK, stop))
-        for index, example in zip(indices, source.__getitems__(indices), strict=True):
+        with _reading(set_path, split):
+            examples = source.__getitems__(indices)
+        for index, example in zip(indices, examples, strict=True):
             image, label = example['image'], int(example['label'])
             if image.shape != images.shape[1:]:
                 raise UserError(
@@ -159,21 +105,27 @@ def open_source(set_path: Path, split: str) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # TFDS would rather have OpenCV, and says so each time
     try:
-        source = tfds.builder_from_directory(set_path).as_data_source(split)
-        source[0]
+        with _reading(set_path, split):
+            source = tfds.builder_from_directory(set_path).as_data_source(split)
+            source[0]
     finally:
         logging.set_verbosity(verbosity)
     return source
 
 
-def _create(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
-    np.lib.format.open_memmap(path, 'w+', dtype, shape).flush()
-    with open(path, 'r+b') as file:
-        # Without this a full disk would be met as SIGBUS, in the middle of a write to the mapping.
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+@contextlib.contextmanager
+def _reading(set_path: Path, split: str) -> Iterator[None]:
+    """Tells the user of damaged records, for which TFDS and its readers raise many kinds of errors."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise unreadable(set_path, f'a record of {split!r}', error) from error
 
 
-def _decode_in_memory(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]:
+def decode_in_memory(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [n, h, w, c] and labels int32 [n] of a named split, in this process."""
     count = sum(prepared.shard_lengths[split])
     images = np.empty((count, *image_shape(prepared, split)), np.uint8)
     labels = np.empty(count, np.int32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import statistics
 import time
@@ -159,8 +158,7 @@ def _stepper(config: Any, sizes: Sizes, count: int) -> Callable[[], float]:
 
 
 def _memory_file() -> Path:
-    cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(cache) / 'parallel_train' / 'cpu_devices.json'
+    return machine.cache_dir() / 'cpu_devices.json'
 
 
 def _key(config: Any, sizes: Sizes) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 
 def cores() -> int:
@@ -12,6 +14,17 @@ def cores() -> int:
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def cache_dir() -> Path:
+    """Returns the folder for what can be computed again; it may not be there yet."""
+    asked = os.environ.get('XDG_CACHE_HOME')
+    if asked:
+        return Path(asked) / 'parallel_train'
+    try:
+        return Path.home() / '.cache' / 'parallel_train'
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / f'parallel_train-{os.getuid()}'
 
 
 def environment() -> dict[str, str]:

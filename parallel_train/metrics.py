@@ -22,7 +22,7 @@ def read_rows(workdir: Path) -> list[Row]:
       UserError: another line is no row.
     """
     try:
-        lines = (workdir / METRICS).read_text().splitlines(keepends=True)
+        lines = (workdir / METRICS).read_text(errors='replace').splitlines(keepends=True)
     except FileNotFoundError:
         return []
     rows = []

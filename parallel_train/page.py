@@ -7,12 +7,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from parallel_train import plots
+from parallel_train import drawing
 
 
 def escape(value: Any) -> str:
-    """Escaped for HTML, without the control characters that no page may hold."""
-    return html.escape(re.sub(r'[\x00-\x08\x0b-\x1f\x7f]', '\ufffd', str(value)))
+    """Escaped for HTML, without what no page may hold: control characters, and bytes that are no text.
+
+    (Python reads such bytes, in a file name say, as surrogates.)
+    """
+    return html.escape(re.sub(r'[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]', '\ufffd', str(value)))
 
 
 def page_of(title: str, body: str) -> str:
@@ -24,8 +27,8 @@ def page_of(title: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1" />'
         '<meta name="color-scheme" content="light dark" />'
         f'<title>{escape(title)}</title><style>\n'
-        f':root{{{variables(plots.LIGHT)}--page:#fdfdfc;--soft:#f3f4f5}}\n'
-        f'@media screen and (prefers-color-scheme:dark){{:root{{{variables(plots.DARK)}'
+        f':root{{{variables(drawing.LIGHT)}--page:#fdfdfc;--soft:#f3f4f5}}\n'
+        f'@media screen and (prefers-color-scheme:dark){{:root{{{variables(drawing.DARK)}'
         f'--page:#16181b;--soft:#202327}}}}\n{STYLE}</style></head>\n'
         f'<body><main>{body}</main></body></html>\n'
     )

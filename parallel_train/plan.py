@@ -118,14 +118,16 @@ def make_plan(
             f'config.num_epochs={config.num_epochs:g}: is less than one step; with '
             f'{steps_per_epoch} steps an epoch, use at least {1 / steps_per_epoch:.3g}'
         )
-    if num_steps >= 2**31:  # the state counts steps in int32
-        raise UserError(
-            f'config.num_epochs={config.num_epochs:g}: is more steps than can be counted, 2**31; with '
-            f'{steps_per_epoch} steps an epoch, use at most {(2**31 - 1) // steps_per_epoch}'
-        )
+    _check_countable('num_epochs', config.num_epochs, num_steps, steps_per_epoch)
     peak = config.learning_rate * _rate_scale(config)
+    if not math.isfinite(peak):
+        raise UserError(
+            f'config.learning_rate={config.learning_rate:g}: is not finite after '
+            f'{config.learning_rate_scaling} scaling by {batch_size}/{config.reference_batch_size}'
+        )
     pieces = schedule_pieces(config, peak, steps_per_epoch)
     warmup_steps = next((math.ceil(p.length) for p in pieces if p.shape == 'linear'), 0)
+    _check_countable('warmup_epochs', config.warmup_epochs, warmup_steps, steps_per_epoch)
     decay_steps = math.ceil(_decay_length(pieces))
     boundaries = [math.ceil(piece.begin) for piece in pieces[1:]]
     marks = sorted({0, *boundaries, num_steps - 1, num_steps})
@@ -165,6 +167,14 @@ def _decay_length(pieces: tuple[Piece, ...]) -> float:
     if after_warmup[-1].shape == 'cosine':
         return after_warmup[-1].length
     return after_warmup[-1].begin - after_warmup[0].begin
+
+
+def _check_countable(field: str, epochs: float, steps: float, steps_per_epoch: int) -> None:
+    if steps > config_lib.MAX_STEPS:
+        raise UserError(
+            f'config.{field}={epochs:g}: is more steps than can be counted, {config_lib.MAX_STEPS}; with '
+            f'{steps_per_epoch} steps an epoch, use at most {config_lib.MAX_STEPS // steps_per_epoch}'
+        )
 
 
 def _every_steps(every_epochs: float, steps_per_epoch: int, num_steps: int) -> int:

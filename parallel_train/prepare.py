@@ -22,7 +22,8 @@ import numpy as np
 from parallel_train import debian, idx
 from parallel_train.dataset import check_known, is_import_path, tfds_builder
 from parallel_train.errors import UserError
-from parallel_train.prepared import exclusive, find_prepared, parse_name, sync
+from parallel_train.files import check_writable, exclusive, sync
+from parallel_train.prepared import CHECKSUMS, Prepared, find_prepared, parse_name
 
 # The sets that are published as four IDX files; TFDS builds all of them with one class.
 IDX_NAMES = ('fashion_mnist', 'mnist', 'kmnist')
@@ -44,14 +45,18 @@ def prepare(name: str, data_dir: Path, source: Path | None = None, say: Callable
       say: gets progress and result, a line at a time.
 
     Raises:
-      UserError: unknown name, not an image-classification set, IDX files that are not right, or no
-        source that has the set; then it lists every source tried and why it failed.
+      UserError: unknown name, not an image-classification set, IDX files that are not right or not
+        those that the set was prepared from, a `data_dir` that cannot be written, or no source that
+        has the set; then it lists every source tried and why it failed.
     """
-
     if is_import_path(name):
+        if source is not None:
+            raise _not_of_idx_files(name, source)
         message = 'is made by a function of its own: nothing to prepare'
     elif found := find_prepared(name, data_dir):
         message = f'already prepared in {found.path}'
+        if source is not None:
+            message += _compare(found, source, _load_given(name, source))
     else:
         message = _obtain(name, data_dir, source, say)
     say(f'{name}: {message}')
@@ -60,12 +65,13 @@ def prepare(name: str, data_dir: Path, source: Path | None = None, say: Callable
 
 def _obtain(name: str, data_dir: Path, source: Path | None, say: Callable[[str], None]) -> str:
     check_known(name)
+    check_writable('data_dir', data_dir)  # before anything is fetched
     tried: list[str] = []
     files = _find_idx(name, source, tried, say)
     data_dir_is_new = not data_dir.exists()
     prefix = f'.preparing-{parse_name(name)[0]}'
     try:
-        _make(data_dir)
+        data_dir.mkdir(parents=True, exist_ok=True)
         with exclusive(data_dir / f'{prefix}.lock') as alone:
             if found := find_prepared(name, data_dir):
                 return f'already prepared in {found.path}, by another process'
@@ -90,36 +96,12 @@ def _obtain(name: str, data_dir: Path, source: Path | None, say: Callable[[str],
     return f'prepared in {path}, from {files.source if files else "the download of TFDS"}'
 
 
-def _make(data_dir: Path) -> None:
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=data_dir).close()
-    except OSError as error:
-        raise UserError(
-            f'data_dir={data_dir} cannot be written ({error.strerror}): choose another --data_dir'
-        ) from error
-
-
 def _find_idx(
     name: str, source: Path | None, tried: list[str], say: Callable[[str], None]
 ) -> idx.IdxSet | None:
     """The IDX files of the first source that has them; notes in `tried` why the others did not."""
     if source is not None:
-        if name not in IDX_NAMES:
-            raise UserError(
-                f'--from={source} is for sets of IDX files ({", ".join(IDX_NAMES)}), '
-                f'and dataset={name!r} is none: leave out --from'
-            )
-        if not source.is_dir():
-            raise UserError(f'--from={source} is not a folder')
-        files = idx.load(source)
-        if files is None:
-            raise UserError(
-                f'--from={source} holds no IDX files: train-images-idx3-ubyte[.gz], '
-                'train-labels-idx1-ubyte[.gz], t10k-images-idx3-ubyte[.gz] and '
-                't10k-labels-idx1-ubyte[.gz] are wanted'
-            )
-        return files
+        return _load_given(name, source)
     if name != 'fashion_mnist':
         if name in IDX_NAMES:
             tried.append('IDX files: no --from=DIR was given')
@@ -129,6 +111,43 @@ def _find_idx(
         tried.append(f'IDX files: no --from=DIR was given, and there are none in {SYSTEM_FOLDER}')
         files = _fetch_debian_package(tried, say)
     return files
+
+
+def _load_given(name: str, source: Path) -> idx.IdxSet:
+    """The IDX files of `--from`."""
+    if name not in IDX_NAMES:
+        raise _not_of_idx_files(name, source)
+    if not source.is_dir():
+        raise UserError(f'--from={source} is not a folder')
+    files = idx.load(source)
+    if files is None:
+        raise UserError(
+            f'--from={source} holds no IDX files: train-images-idx3-ubyte[.gz], '
+            'train-labels-idx1-ubyte[.gz], t10k-images-idx3-ubyte[.gz] and '
+            't10k-labels-idx1-ubyte[.gz] are wanted'
+        )
+    return files
+
+
+def _not_of_idx_files(name: str, source: Path) -> UserError:
+    return UserError(
+        f'--from={source} is for sets of IDX files ({", ".join(IDX_NAMES)}), '
+        f'and dataset={name!r} is none: leave out --from'
+    )
+
+
+def _compare(found: Prepared, source: Path, files: idx.IdxSet) -> str:
+    """Says how a set that is there and the files of `--from` go together; refuses other files."""
+    try:
+        recorded = json.loads((found.path / CHECKSUMS).read_text())['sha256']
+    except (OSError, ValueError, LookupError, TypeError):
+        return f'; not from {source}, which is not needed'
+    if recorded != files.sha256:
+        raise UserError(
+            f'--from={source} holds other files than those that {found.path} was prepared from: leave out '
+            '--from, delete that folder, or choose another --data_dir'
+        )
+    return f', from the files in {source}'
 
 
 def _fetch_debian_package(tried: list[str], say: Callable[[str], None]) -> idx.IdxSet | None:
@@ -178,7 +197,7 @@ def _store_idx(name: str, files: idx.IdxSet, folder: Path) -> None:
     finally:
         tfds.enable_progress_bar()
     record = {'source': files.source, 'sha256': files.sha256}
-    (Path(builder.data_dir) / 'idx_checksums.json').write_text(json.dumps(record, indent=2) + '\n')
+    (Path(builder.data_dir) / CHECKSUMS).write_text(json.dumps(record, indent=2) + '\n')
 
 
 def _examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:

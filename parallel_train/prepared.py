@@ -6,23 +6,20 @@ TFDS, so that a start with a prepared set costs milliseconds.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
-import fcntl
 import fnmatch
 import hashlib
 import json
-import logging
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from parallel_train.errors import UserError
 
+CHECKSUMS = 'idx_checksums.json'  # of the IDX files that a set was prepared from
 # The forms that TFDS reads by index.
 READABLE_FORMATS = ('array_record', 'parquet')
 _NAME = re.compile(r'(?P<name>\w+)(/(?P<config>[\w+\-.]+))?(:(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?$')
@@ -101,21 +98,42 @@ def parse_name(name: str) -> tuple[str, str | None, str | None]:
 def find_prepared(name: str, data_dir: Path) -> Prepared | None:
     """The set of that name in `data_dir`, the newest version that fits; None if there is none.
 
-    Raises UserError if its examples are not an image with a label, or if it is stored in a form
-    that cannot be read by index.
+    Raises UserError if its examples are not an image with a label, if it is stored in a form that
+    cannot be read by index, or if its metadata are damaged.
     """
     base, config, version = parse_name(name)
     folder = data_dir / base / (config or '')
-    versions = _versions(folder, version)
-    if not versions and not config:
-        # TFDS notes here which config a bare name means.
-        note = folder / '.config' / 'metadata.json'
-        if note.is_file():
-            default = json.loads(note.read_text()).get('default_config_name') or ''
-            versions = _versions(folder / default, version)
-    if not versions:
-        return None
-    path = max(versions, key=lambda path: [int(part) for part in path.name.split('.')])
+    try:
+        versions = _versions(folder, version)
+        if not versions and not config:
+            # TFDS notes here which config a bare name means.
+            note = folder / '.config' / 'metadata.json'
+            if note.is_file():
+                default = json.loads(note.read_text()).get('default_config_name') or ''
+                versions = _versions(folder / default, version)
+        if not versions:
+            return None
+        folder = max(versions, key=lambda path: [int(part) for part in path.name.split('.')])
+        return _read(name, folder)
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise unreadable(folder, 'its metadata', error) from error
+
+
+def unreadable(path: Path, what: str, error: Exception) -> UserError:
+    """The error for a prepared set of which a part is not what was written; it names the remedy."""
+    reason = ' '.join(str(error).split())[:200]
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # no access, no such path, ...
+        return UserError(f'{path}: {what} cannot be read ({reason}): choose another --data_dir')
+    return UserError(
+        f'{path}: {what} cannot be read ({type(error).__name__}: {reason}), so the prepared set is damaged: '
+        'delete this folder and run `prepare` again'
+    )
+
+
+def _read(name: str, path: Path) -> Prepared:
+    """Reads the metadata of the set whose version lies in `path`; raises many kinds if it is damaged."""
     info_text = (path / 'dataset_info.json').read_text()
     features_text = (path / 'features.json').read_text()
     info = json.loads(info_text)
@@ -126,7 +144,7 @@ def find_prepared(name: str, data_dir: Path) -> Prepared | None:
             'remove that folder or choose another --data_dir, then run `prepare` again'
         )
     names = path / 'label.labels.txt'
-    checksums = path / 'idx_checksums.json'
+    checksums = path / CHECKSUMS
     content = info_text + features_text + (checksums.read_text() if checksums.is_file() else '')
     return Prepared(
         name=name,
@@ -162,56 +180,6 @@ def parse_features(name: str, features: Mapping[str, Any]) -> Features:
         image_shape=tuple(size if size > 0 else None for size in dimensions) or (None, None, 3),
         num_classes=num_classes or None,
     )
-
-
-@contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[bool]:
-    """Holds the lock file `path`; the kernel lets go of it however the process ends.
-
-    Yields True, or False on a file system without locks, where nobody may assume to be alone. The
-    file is gone afterwards.
-    """
-    while True:
-        with open(path, 'a') as file:
-            held = _lock(file.fileno(), path)
-            if held and not _is_current(file.fileno(), path):
-                continue  # the holder before us removed the file: wait at the new one
-            try:
-                yield held
-            finally:
-                if held:
-                    path.unlink(missing_ok=True)
-            return
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path) -> bool:
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.getLogger(__name__).info('waiting for another process that holds %s', path)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        return False
-    return True
-
-
-def _is_current(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _versions(folder: Path, version: str | None) -> list[Path]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import os
+import statistics
 import sys
-import time
 from typing import Any
 
 from parallel_train.plan import Plan
+
+_RECENT = 9  # rows that say how long a step takes now
 
 
 class Progress:
@@ -15,7 +18,7 @@ class Progress:
 
     def __init__(self, plan: Plan, from_step: int, enabled: bool = True):
         self._plan, self._enabled = plan, enabled
-        self._start, self._from_step = time.perf_counter(), from_step
+        self._step_seconds: collections.deque[float] = collections.deque(maxlen=_RECENT)
         self._bar = None
         if enabled and sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0:
             from tqdm import tqdm
@@ -25,7 +28,7 @@ class Progress:
                 initial=from_step,
                 unit='step',
                 dynamic_ncols=True,
-                bar_format='{bar} {percentage:3.0f}%  {desc}  {remaining} left',
+                bar_format='{bar} {percentage:3.0f}%  {desc}',
             )
 
     def show(self, row: dict[str, Any]) -> None:
@@ -38,11 +41,14 @@ class Progress:
                 f'accuracy {row["accuracy"]:.4f}  on all {row["num_examples"]} examples'
             )
             return
+        if row['examples_per_second']:
+            self._step_seconds.append(self._plan.batch_size / row['examples_per_second'])
+        left = self._left(row['step'])
         if self._bar is not None:
             self._bar.set_description_str(
                 f'epoch {row["epoch"]:.2f}/{self._plan.num_epochs:g}  step {row["step"]}  '
                 f'loss {row["loss"]:.3f}  acc {row["accuracy"]:.3f}  rate {row["learning_rate"]:.4g}  '
-                f'{row["examples_per_second"]:,.0f} images/s',
+                f'{row["examples_per_second"]:,.0f} images/s  {left} left',
                 refresh=False,
             )
             self._bar.update(row['step'] - self._bar.n)
@@ -50,12 +56,17 @@ class Progress:
         self.say(
             f'epoch {row["epoch"]:6.2f}  step {row["step"]:>6}  train loss {row["loss"]:.4f}  '
             f'accuracy {row["accuracy"]:.4f}  rate {row["learning_rate"]:.5f}  '
-            f'{row["examples_per_second"]:8,.0f} images/s  {self._left(row["step"])} left'
+            f'{row["examples_per_second"]:8,.0f} images/s  {left} left'
         )
 
     def _left(self, step: int) -> str:
-        spent = time.perf_counter() - self._start
-        seconds = round(spent / max(step - self._from_step, 1) * (self._plan.num_steps - step))
+        """Returns how long the steps to come take, at the median of recent rows.
+
+        What a row's throughput leaves out (compilation, evaluations, saves) is left out here too.
+        """
+        if not self._step_seconds:
+            return '-:--:--'
+        seconds = round(statistics.median(self._step_seconds) * (self._plan.num_steps - step))
         return f'{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}'
 
     def say(self, line: str) -> None:

@@ -40,6 +40,7 @@ class Recorder:
 
     def __init__(self, plan: Plan, mesh: Mesh, log: MetricsLog, progress: Progress, step: int):
         self._plan, self._mesh, self._log, self._progress = plan, mesh, log, progress
+        self._start = step
         self._pool = ThreadPoolExecutor(1, thread_name_prefix='metrics')
         self._pending: tuple[int, float, Future[_Fetched]] | None = None
         self.steps_seen, self.step_seconds = 0, 0.0  # of all rows so far, for the mean throughput
@@ -122,9 +123,12 @@ class Recorder:
 
     def _check(self, sums: dict[str, float], step: int) -> None:
         if not all(math.isfinite(value) for value in sums.values()):
+            every = self._plan.checkpoint_every_steps
+            last = max((step - 1) // every * every, self._start)  # that of `step` itself was not made
             raise Diverged(
                 f'training diverged: the loss or the gradient is not finite in the updates up to step '
-                f'{step} (rate {self._plan.rate(step - 1):.6g}); the last good checkpoint stands. Lower '
+                f'{step} (rate {self._plan.rate(step - 1):.6g}); '
+                f'{f"the checkpoint of step {last} stands" if last else "no checkpoint was made yet"}. Lower '
                 'config.learning_rate or lengthen config.warmup_epochs, and use a new workdir'
             )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from parallel_train import plots
+from parallel_train import drawing, plots
 from parallel_train.metrics import read_rows
 from parallel_train.page import escape, page_of
 from parallel_train.plots import Row, Samples
@@ -71,7 +71,7 @@ def write_report(
         'throughput': plots.throughput_figure(rows, plan),
     }
     charts = {
-        name: f'<figure class="chart">{plots.to_svg(figure, name, f"Chart: {name}")}</figure>'
+        name: f'<figure class="chart">{drawing.to_svg(figure, name, f"Chart: {name}")}</figure>'
         for name, figure in figures.items()
     }
     if samples is not None and not len(samples.images):
@@ -81,7 +81,7 @@ def write_report(
         figures['samples'] = plots.samples_figure(samples)
     (workdir / 'plots').mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        write_atomically(workdir / 'plots' / f'{name}.png', plots.to_png(figure))
+        write_atomically(workdir / 'plots' / f'{name}.png', drawing.to_png(figure))
     sections = [
         _header(summary, config, plan),
         _tiles(summary.results),

@@ -93,7 +93,6 @@ def train_and_evaluate(
     learning_rate_fn = create_learning_rate_fn(config, plan.peak_learning_rate, plan.steps_per_epoch)
     train_split = dataset.load_split(config.dataset, config.train_split, data_dir)
     eval_split = dataset.load_split(config.dataset, config.eval_split, data_dir)
-    print(plan_table(plan, config, sizes.source), flush=True)
 
     with open_checkpoints(workdir, config.keep_checkpoints) as checkpoints:
         # The state: the latest checkpoint's, on whatever devices there are now, or a new one.
@@ -102,6 +101,8 @@ def train_and_evaluate(
             plan.check_reaches(start)
             template = abstract_state(config, learning_rate_fn)
             state = checkpoints.restore(template, mesh_lib.replicated(mesh))
+        print(plan_table(plan, config, sizes.source), flush=True)  # nothing is refused any more
+        if start:
             if start == plan.num_steps and (workdir / 'report.html').exists():
                 say_complete(workdir, start)
                 return state

@@ -11,8 +11,15 @@ from typing import Any
 
 from parallel_train import config as config_lib
 from parallel_train.errors import UserError
+from parallel_train.files import check_writable
 from parallel_train.plan import HARDWARE_FIELDS, Plan
 
+# What a checkpoint means depends on these, and every version has written them. Where a field that came
+# later is missing, its default holds, which must mean what was done before there was such a field.
+_ALWAYS_WRITTEN = (
+    'seed', 'model', 'dataset', 'train_split', 'eval_split', 'input_shape', 'num_classes', 'batch_size',
+    'num_epochs', 'schedule', 'learning_rate', 'optimizer',
+)  # fmt: skip
 CONFIG, PLAN, METRICS, CHECKPOINTS = 'config.json', 'plan.json', 'metrics.jsonl', 'checkpoints'
 
 
@@ -43,7 +50,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f'workdir: {path} cannot be read: {error}') from error
+        raise UserError(
+            f'workdir: {path} cannot be read ({error}); put the right one back, or name another workdir'
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f'workdir: {path} does not hold a JSON object')
     return content
@@ -53,12 +62,28 @@ def read_config(workdir: Path) -> Any:
     """Returns the complete config of the job in `workdir`.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or the file is not what this program wrote.
     """
+    config = _find_config(workdir)
+    if config is None:
+        raise UserError(f'workdir={str(workdir)!r}: holds no job (no {CONFIG}); train one first')
+    return config
+
+
+def _find_config(workdir: Path) -> Any:
     values = read_json(workdir / CONFIG)
     if values is None:
-        raise UserError(f'workdir={str(workdir)!r}: holds no job (no {CONFIG}); train one first')
-    return config_lib.complete(config_lib.Config(values))
+        return None
+    missing = [field for field in _ALWAYS_WRITTEN if field not in values]
+    try:
+        if missing:
+            raise ValueError(f'it has no {", ".join(missing)}')
+        return config_lib.complete(config_lib.Config(values))
+    except ValueError as error:  # a UserError too: a field that is unknown, or holds what it may not
+        raise UserError(
+            f'workdir={str(workdir)!r}: its {CONFIG} is not what this program wrote ({error}); put the '
+            'right one back, or name another workdir'
+        ) from error
 
 
 def planned_devices(workdir: Path) -> int | None:
@@ -74,19 +99,8 @@ def check(workdir: Path, config: Any, allow_plan_change: bool) -> None:
     Raises:
       UserError: it cannot be written, or holds another job: names the fields that differ.
     """
-    existing = workdir
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f'workdir={str(workdir)!r}: {existing} is not a folder; name another')
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(
-            f'workdir={str(workdir)!r}: cannot be written ({error.strerror}); name another'
-        ) from error
-    there = read_json(workdir / CONFIG)
+    check_writable('workdir', workdir)
+    there = _find_config(workdir)
     if there is None:
         if any(workdir.glob(f'{CHECKPOINTS}/*')) or (workdir / METRICS).exists():
             raise UserError(
@@ -94,8 +108,8 @@ def check(workdir: Path, config: Any, allow_plan_change: bool) -> None:
                 'them is not known; name another workdir'
             )
         return
-    new = json.loads(config_lib.to_json(config))
-    _refuse_differences(workdir, there, new, config_lib.RUN_FIELDS, 'config.', allow_plan_change)
+    old, new = (json.loads(config_lib.to_json(c)) for c in (there, config))
+    _refuse_differences(workdir, old, new, config_lib.RUN_FIELDS, 'config.', allow_plan_change)
 
 
 def check_plan(workdir: Path, config: Any, plan: Plan, allow_plan_change: bool) -> None:

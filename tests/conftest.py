@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.test_idx import NAMES, idx_bytes
+from tests.test_idx import NAMES, idx_bytes, write_set
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_EXAMPLES, EVAL_EXAMPLES = 1200, 300
@@ -106,6 +107,21 @@ class Result:
     stderr: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A recipe and the data that it is run on, as the command line is told them."""
+
+    recipe: Path
+    data_dir: Path
+    env: dict[str, str]
+
+    def line(self, command: str, *more: str) -> list[str]:
+        return [command, f'--config={self.recipe}', f'--data_dir={self.data_dir}', *more]
+
+    def train(self, workdir: Path | str, *more: str, devices: int = 2) -> list[str]:
+        return self.line('train', f'--workdir={workdir}', f'--devices={devices}', *more)
+
+
 def environment(**changes: str) -> dict[str, str]:
     """Returns this process's environment, in which a subprocess finds the package wherever it runs."""
     path = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep)
@@ -149,6 +165,20 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
         )
         for path in sorted(folder.rglob('*'))
     }
+
+
+def on_read_only(folder: Path, command: list[str]) -> list[str]:
+    """Returns `command` as it runs where `folder` is mounted read-only, which holds for root too."""
+    private = ['unshare', '--mount'] if os.geteuid() == 0 else ['unshare', '--map-root-user', '--mount']
+    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+    start = [*private, 'sh', '-c', mount, str(folder)]
+    try:
+        may = subprocess.run([*start, 'true'], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip('there is no unshare')
+    if may.returncode != 0:
+        pytest.skip(f'a read-only mount is not permitted here: {may.stderr.strip()}')
+    return [*start, *command]
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
@@ -227,6 +257,30 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory, idx_dir: Path, recipe: Pa
 
 
 @pytest.fixture(scope='session')
+def small_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data_dir with 200 train and 50 test examples, all different, as the set `mnist`. Only to be read."""
+    from parallel_train.prepare import prepare
+
+    folder = tmp_path_factory.mktemp('small_mnist')
+    source = write_set(folder / 'idx', train=200, test=50)
+    prepare('mnist', folder / 'data', source, say=lambda line: None)
+    return folder / 'data'
+
+
+@pytest.fixture
+def undecoded(small_mnist: Path, tmp_path: Path) -> Path:
+    """A copy of `small_mnist` of one's own, never decoded."""
+    ignore = shutil.ignore_patterns('decoded')
+    return Path(shutil.copytree(small_mnist, tmp_path / 'data', ignore=ignore))
+
+
+@pytest.fixture(scope='session')
+def job(recipe: Path, data_dir: Path) -> Job:
+    """The small recipe of the guide's CNN."""
+    return Job(recipe, data_dir, environment())
+
+
+@pytest.fixture(scope='session')
 def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for PYTHONPATH with `own_models.py`: models of all kinds, fit and unfit."""
     folder = tmp_path_factory.mktemp('models')
@@ -235,8 +289,8 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='session')
-def trained(tmp_path_factory: pytest.TempPathFactory, recipe: Path, data_dir: Path) -> Path:
-    """The workdir of a finished run of `recipe` on 2 devices, never interrupted. Only to be read.
+def trained(tmp_path_factory: pytest.TempPathFactory, job: Job) -> Path:
+    """The workdir of a finished run of `job` on 2 devices, never interrupted. Only to be read.
 
     Beside it: stdout, stderr, and `imported`, if the run tried to import TensorFlow or TFDS.
     """
@@ -247,8 +301,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, recipe: Path, data_dir: Pa
         )
         (workdir.parent / f'{name}.py').write_text(code)
     env = environment(PYTHONPATH=os.pathsep.join([str(workdir.parent), str(ROOT)]))
-    flags = [f'--config={recipe}', '--workdir=run', f'--data_dir={data_dir}', '--devices=2']
-    result = run_ok('train', *flags, env=env, cwd=workdir.parent)
+    result = run_ok(*job.train('run'), env=env, cwd=workdir.parent)
     (workdir.parent / 'stdout').write_text(result.stdout)
     (workdir.parent / 'stderr').write_text(result.stderr)
     return workdir

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,6 +95,9 @@ FIELDS: dict[str, list[str]] = {
     'weight_decay=-1': ['at least 0'],
     'random_flip=maybe': ['True or False'],
     'random_crop_padding=-1': ['at least 0'],
+    'random_crop_padding=99999999999': ['at most'],
+    'warmup_epochs=1e+308': ['less than'],
+    'eval_every_epochs=1e+308': ['less than'],
     'reduction=sum': ['pmean'],
     'log_every_steps=0': ['at least 1'],
     'eval_every_epochs=-1': ['at least 0'],
@@ -136,6 +141,11 @@ FITS: dict[str, tuple[list[str], list[str]]] = {
     'huge': ([f'batch_size={8 * 10**25}'], [f'config.batch_size={8 * 10**25}', '1200']),
     'less than a step': (['num_epochs=0.001'], ['config.num_epochs=0.001', '0.04']),
     'more steps than can be counted': (['num_epochs=1e300'], ['config.num_epochs=1e+300']),
+    'more warmup than can be counted': (['warmup_epochs=1e9'], ['config.warmup_epochs=1e+09', 'at most 858']),
+    'rate beyond floats': (
+        ['learning_rate=1e308', 'learning_rate_scaling=linear', 'reference_batch_size=1'],
+        ['config.learning_rate=1e+308', 'not finite', '48/1'],
+    ),
     'empty train split': (['train_split=train[:0]'], ['train_split', 'train[:0]', 'no examples']),
     'empty eval split': (['eval_split=test[5:5]'], ['eval_split', 'test[5:5]', 'no examples']),
     'unknown split': (['train_split=trian'], ['train_split', 'trian', 'train (1200), test (300)']),
@@ -268,6 +278,12 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     'flag of another command': (['plan', '--config=R', '--step=3'], ['--step', 'no such flag here']),
     'field without config.': (['plan', '--config=R', '--batch_size=3'], ['--batch_size']),
     'field without value': (['plan', '--config=R', '--config.seed'], ['config.seed', 'value']),
+    'no boolean without value': (['plan', '--config=R', '--noconfig.seed'], ['config.seed', 'value']),
+    'unknown boolean': (
+        ['plan', '--config=R', '--noconfig.random_flop'],
+        ['random_flop', 'mean random_flip'],
+    ),
+    'boolean twice no': (['plan', '--config=R', '--noconfig.random_flip=True'], ['random_flip']),
     'two configs': (['plan', '--config=R', '--config=R'], ['config', '2 times']),
     'override without config': (['plan', '--config.seed=1'], ['config.seed', '--config=FILE']),
     'words': (['plan', '--config=R', 'extra'], ["'extra'", '--flag=value']),
@@ -277,6 +293,9 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     'devices no number': (['plan', '--config=R', '--devices=two'], ['devices', 'two', 'whole number']),
     'devices 1.5': (['plan', '--config=R', '--devices=1.5'], ['devices', '1.5', 'whole number']),
     'devices without value': (['plan', '--config=R', '--devices'], ['--devices', 'value']),
+    'nothing for a folder': (['plan', '--config=R', '--data_dir='], ["data_dir=''", 'needs a value']),
+    'nothing for IDX files': (['prepare', '--config=R', '--from='], ["from=''", 'needs a value']),
+    'home of nobody': (['evaluate', '--workdir=~no_such_user/run'], ['~no_such_user/run', 'in full']),
     'json no boolean': (['plan', '--config=R', '--json=maybe'], ['json', 'maybe']),
     'train without workdir': (['train', '--config=R'], ['workdir', '--workdir=']),
     'evaluate without workdir': (['evaluate'], ['workdir', '--workdir=']),
@@ -290,6 +309,15 @@ def test_command_line(here: Path, recipe: Path, case: str) -> None:
     refused(
         here, *(word.replace('R', str(recipe)) if word.endswith('R') else word for word in line), words=words
     )
+
+
+def test_home_is_expanded(here: Path) -> None:
+    """Shells hand over the ~ of --workdir=~/run as it stands."""
+    refused(here, 'evaluate', '--workdir=~/run', words=[here.parent / 'home' / 'run', 'no job'])
+
+
+def test_name_that_is_no_text(here: Path) -> None:
+    refused(here, 'evaluate', '--workdir=' + os.fsdecode(b'run\xff'), words=['run', 'no job'])
 
 
 def test_debug_shows_the_traceback(here: Path, recipe: Path, data_dir: Path) -> None:
@@ -357,6 +385,49 @@ def test_workdir_holds_what_is_not_known(here: Path, recipe: Path, data_dir: Pat
     refused(here, 'train', *flags, words=['workdir', 'config.json', 'cannot be read'])
 
 
+NOT_OURS: dict[str, tuple[Callable[[dict[str, Any]], object], list[str]]] = {
+    'emptied': (lambda config: config.clear(), ['it has no seed, model, dataset']),
+    'lacks the model': (lambda config: config.pop('model'), ['it has no model']),
+    'lacks the rate': (lambda config: config.pop('learning_rate'), ['it has no learning_rate']),
+    'a field that is none': (lambda config: config.update(bach_size=3), ['config.bach_size', 'batch_size']),
+    'a dotted field': (lambda config: config.update({'a.b': 3}), ['a.b']),
+    'a value that is none': (lambda config: config.update(batch_size='many'), ["config.batch_size='many'"]),
+}
+
+
+@pytest.mark.parametrize('case', NOT_OURS)
+def test_config_of_a_workdir_that_this_program_did_not_write(
+    here: Path, recipe: Path, data_dir: Path, trained: Path, case: str
+) -> None:
+    change, words = NOT_OURS[case]
+    config = json.loads((trained / 'config.json').read_text())
+    change(config)
+    (here / 'run').mkdir()
+    (here / 'run' / 'config.json').write_text(json.dumps(config))
+    words = ["workdir='run'", 'config.json is not what this program wrote', *words]
+    flags = ['--workdir=run', f'--data_dir={data_dir}']
+    refused(here, 'train', *flags, f'--config={recipe}', '--devices=2', '--allow_plan_change', words=words)
+    refused(here, 'evaluate', *flags, words=words)
+
+
+EVALUATE: dict[str, list[str]] = {
+    'learning_rate=0.7': ['config.learning_rate=0.7', '0.05'],
+    'batch_size=96': ['config.batch_size=96', '48'],
+    'train_split=test': ["config.train_split='test'", "'train'"],
+    'nesterov': ['config.nesterov=True', 'False'],
+    'input_shape=(28,28,3)': ['config.input_shape=(28, 28, 3)', '(28, 28, 1)'],
+}
+
+
+@pytest.mark.parametrize('override', EVALUATE)
+def test_override_that_evaluation_does_not_use(
+    here: Path, recipe: Path, data_dir: Path, trained: Path, override: str
+) -> None:
+    flags = [f'--config={recipe}', f'--config.{override}', f'--workdir={trained}', f'--data_dir={data_dir}']
+    words = [*EVALUATE[override], 'no effect', 'eval_batch_size']
+    refused(here, 'evaluate', *flags, words=words)
+
+
 def test_evaluate_asks_for_what_is_not_there(
     here: Path, recipe: Path, data_dir: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -384,6 +455,17 @@ def test_set_that_is_not_prepared(here: Path, recipe: Path, tmp_path: Path, comm
     flags = [f'--config={recipe}', f'--data_dir={tmp_path / "none"}', '--workdir=run', '--devices=2']
     refused(here, command, *flags, words=['fashion_mnist', tmp_path / 'none', 'prepare'])
     assert not (tmp_path / 'none').exists()
+
+
+def test_damaged_set(here: Path, recipe: Path, data_dir: Path, tmp_path: Path) -> None:
+    data = tmp_path / 'data'
+    shutil.copytree(data_dir, data, ignore=shutil.ignore_patterns('decoded'))
+    (path,) = (data / 'fashion_mnist/3.0.1').glob('*-train.array_record*')
+    path.write_bytes(path.read_bytes()[:-50_000])
+    flags = [f'--config={recipe}', f'--data_dir={data}', '--devices=2']
+    words = [path.parent, 'damaged', 'delete', 'prepare']
+    for command in ('train', 'prepare'):
+        refused(here, command, *flags, '--workdir=run', words=words)
 
 
 def test_no_source_has_the_set(here: Path, recipe: Path, tmp_path: Path) -> None:
@@ -434,6 +516,17 @@ def test_from_is_no_folder_of_idx_files(here: Path, recipe: Path, tmp_path: Path
     refused(here, 'prepare', *flags, f'--from={tmp_path / "none"}', words=['--from', 'not a folder'])
     refused(here, 'prepare', *flags, f'--from={here}', words=['--from', 'train-images-idx3-ubyte'])
     assert not (tmp_path / 'data').exists()
+
+
+def test_from_is_read_although_the_set_is_there(
+    here: Path, recipe: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    before = snapshot(data_dir)
+    flags = [f'--config={recipe}', f'--data_dir={data_dir}']
+    refused(here, 'prepare', *flags, f'--from={tmp_path / "none"}', words=['--from', 'not a folder'])
+    other = write_set(tmp_path / 'other')
+    refused(here, 'prepare', *flags, f'--from={other}', words=[f'--from={other}', 'other files', data_dir])
+    assert snapshot(data_dir) == before
 
 
 OWN_DATA = """

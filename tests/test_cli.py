@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from parallel_train import cli as cli_lib
+from parallel_train import commands
 from tests.conftest import (
     BATCH_SIZE,
     CHECKPOINT_EVERY,
@@ -27,9 +29,11 @@ from tests.conftest import (
     STEPS_PER_EPOCH,
     TRAIN_EXAMPLES,
     WARMUP_EPOCHS,
+    Job,
     checkpoint_steps,
     cli,
     environment,
+    on_read_only,
     read_rows,
     restore,
     run_cli,
@@ -64,32 +68,36 @@ def of_split(workdir: Path, split: str) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- prepare
 
 
-def test_prepare_a_second_time_says_that_it_is_there(recipe: Path, data_dir: Path) -> None:
-    before = snapshot(data_dir)
-    result = run_ok('prepare', f'--config={recipe}', f'--data_dir={data_dir}')
+def test_prepare_a_second_time_says_that_it_is_there(job: Job) -> None:
+    before = snapshot(job.data_dir)
+    result = run_ok(*job.line('prepare'))
     assert 'already prepared' in result.stdout
     assert re.search(rf'train\D+{TRAIN_EXAMPLES:,} images', result.stdout)
     assert re.search(rf'test\D+{EVAL_EXAMPLES} images', result.stdout)
-    assert snapshot(data_dir) == before
+    assert snapshot(job.data_dir) == before
 
 
 # ---------------------------------------------------------------- plan
 
 
-def plan_json(recipe: Path, data_dir: Path, *flags: str, cwd: Path | None = None) -> dict[str, Any]:
-    result = run_ok('plan', f'--config={recipe}', f'--data_dir={data_dir}', '--json', *flags, cwd=cwd)
-    return json.loads(result.stdout)
+def plan_json(job: Job, *flags: str, cwd: Path | None = None) -> dict[str, Any]:
+    return json.loads(run_ok(*job.line('plan', '--json', *flags), cwd=cwd).stdout)
 
 
-def test_plan_is_shown_as_a_table(recipe: Path, data_dir: Path) -> None:
-    out = run_ok('plan', f'--config={recipe}', f'--data_dir={data_dir}', '--devices=4').stdout
+def test_plan_is_shown_as_a_table(job: Job) -> None:
+    out = run_ok(*job.line('plan', '--devices=4')).stdout
     assert re.search(r'48 = 4 devices × 12 examples × 1', out)
     assert re.search(rf'steps in all +{NUM_STEPS}\b', out)
     assert '8 of 6 examples' in out and f'{TRAIN_EXAMPLES:,}' in out and 'WARNING' not in out
 
 
-def test_plan_json_is_the_same_on_any_device_count(recipe: Path, data_dir: Path) -> None:
-    plans = {n: plan_json(recipe, data_dir, f'--devices={n}') for n in (1, 2, 4, 8)}
+def test_plan_on_a_terminal_that_knows_no_unicode(job: Job) -> None:
+    out = run_ok(*job.line('plan', '--devices=4'), env={**job.env, 'PYTHONIOENCODING': 'ascii'}).stdout
+    assert r'48 = 4 devices \xd7 12 examples' in out
+
+
+def test_plan_json_is_the_same_on_any_device_count(job: Job) -> None:
+    plans = {n: plan_json(job, f'--devices={n}') for n in (1, 2, 4, 8)}
     for devices, plan in plans.items():
         assert set(plan) >= PLAN_FIELDS
         assert (plan['num_devices'], plan['num_processes']) == (devices, 1)
@@ -111,29 +119,28 @@ def test_plan_json_is_the_same_on_any_device_count(recipe: Path, data_dir: Path)
         assert rate == pytest.approx(hand_rate(int(step)), rel=1e-9, abs=1e-12)
 
 
-def test_plan_for_hardware_that_is_not_here_writes_nothing(
-    recipe: Path, data_dir: Path, tmp_path: Path
-) -> None:
-    data = snapshot(data_dir)
+def test_plan_for_hardware_that_is_not_here_writes_nothing(job: Job, tmp_path: Path) -> None:
+    data = snapshot(job.data_dir)
     flags = ['--devices=256', '--config.batch_size=512', '--config.shards=0', '--workdir=run']
-    plan = plan_json(recipe, data_dir, *flags, cwd=tmp_path)
+    plan = plan_json(job, *flags, cwd=tmp_path)
     assert (plan['num_devices'], plan['per_device_batch_size'], plan['shards']) == (256, 2, 256)
     assert list(tmp_path.iterdir()) == []
-    assert snapshot(data_dir) == data
+    assert snapshot(job.data_dir) == data
 
 
 def test_plan_without_data_takes_the_sizes_of_the_config(tmp_path: Path) -> None:
     sizes = {'num_train_examples': 60000, 'num_eval_examples': 10000, 'batch_size': 256}
     given = [f'--config.{key}={value}' for key, value in sizes.items()]
-    plan = plan_json(ROOT / 'configs/default.py', tmp_path / 'none', '--devices=8', *given, cwd=tmp_path)
+    default = Job(ROOT / 'configs/default.py', tmp_path / 'none', environment())
+    plan = plan_json(default, '--devices=8', *given, cwd=tmp_path)
     assert (plan['steps_per_epoch'], plan['dropped_examples_per_epoch']) == (234, 96)
     assert plan['num_steps'] == 2340
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plan_warns_loudly_of_an_unfinished_decay(recipe: Path, data_dir: Path) -> None:
+def test_plan_warns_loudly_of_an_unfinished_decay(job: Job) -> None:
     flags = ['--devices=2', '--config.num_epochs=1', '--config.warmup_epochs=0.5']
-    out = run_ok('plan', f'--config={recipe}', f'--data_dir={data_dir}', *flags).stdout
+    out = run_ok(*job.line('plan', *flags)).stdout
     assert 'THE DECAY WILL NOT BE FINISHED' in out
 
 
@@ -157,9 +164,9 @@ def test_train_leaves_a_whole_workdir(trained: Path) -> None:
     assert all(path.read_bytes().startswith(b'\x89PNG\r\n') for path in plots)
 
 
-def test_train_follows_the_plan_that_was_shown(trained: Path, recipe: Path, data_dir: Path) -> None:
+def test_train_follows_the_plan_that_was_shown(trained: Path, job: Job) -> None:
     plan = json.loads((trained / 'plan.json').read_text())
-    assert plan == plan_json(recipe, data_dir, '--devices=2')
+    assert plan == plan_json(job, '--devices=2')
     out = (trained.parent / 'stdout').read_text()
     assert out.startswith('Plan\n') or '\nPlan\n' in out
     assert out.index('Plan\n') < out.index('epoch ')
@@ -209,34 +216,53 @@ def test_checkpoints_are_labelled_by_completed_steps(trained: Path) -> None:
 
 
 def test_training_again_in_a_finished_workdir_changes_no_result(
-    trained: Path, recipe: Path, data_dir: Path, tmp_path: Path
+    trained: Path, job: Job, tmp_path: Path
 ) -> None:
     workdir = Path(shutil.copytree(trained, tmp_path / 'run'))
-    flags = [f'--config={recipe}', f'--workdir={workdir}', f'--data_dir={data_dir}', '--devices=2']
-    result = run_ok('train', *flags)
+    result = run_ok(*job.train(workdir))
     for name in ('metrics.jsonl', 'config.json', 'plan.json'):
         assert (workdir / name).read_bytes() == (trained / name).read_bytes()
     assert snapshot(workdir / 'checkpoints') == snapshot(trained / 'checkpoints')
     assert 'accuracy' in result.stdout
 
 
-def test_divergence_has_its_own_exit_code(recipe: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_divergence_has_its_own_exit_code(job: Job, tmp_path: Path) -> None:
     workdir = tmp_path / 'run'
-    flags = [f'--config={recipe}', f'--workdir={workdir}', f'--data_dir={data_dir}', '--devices=2']
-    result = run_cli('train', *flags, '--config.learning_rate=1e30')
+    result = run_cli(*job.train(workdir, '--config.learning_rate=1e30'))
     assert result.code == 3, result
     assert result.stderr.startswith('error: ') and 'Traceback' not in result.stderr
     assert 'diverged' in result.stderr and 'config.learning_rate' in result.stderr
-    for step in checkpoint_steps(workdir):
+    saved = checkpoint_steps(workdir)
+    said = f'the checkpoint of step {max(saved)} stands' if saved else 'no checkpoint was made yet'
+    assert said in result.stderr, saved
+    for step in saved:
         assert all(np.isfinite(x).all() for x in restore(workdir, step).values())
     for line in (workdir / 'metrics.jsonl').read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
+
+
+def test_train_from_a_read_only_data_dir(job: Job, data_dir: Path, tmp_path: Path) -> None:
+    """Prepared, but never decoded: the arrays go into the user's cache, and later runs find them there."""
+    ignore = shutil.ignore_patterns('decoded')
+    data = Path(shutil.copytree(data_dir, tmp_path / 'data', ignore=ignore))
+    before, env = snapshot(data), {**job.env, 'XDG_CACHE_HOME': str(tmp_path / 'cache')}
+    outputs = []
+    for run in ('first', 'second'):
+        flags = [f'--data_dir={data}', '--config.num_epochs=0.2', '--config.warmup_epochs=0.1']
+        command = on_read_only(data, cli(*job.train(tmp_path / run, *flags)))
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs.append([line for line in done.stdout.splitlines() if 'decod' in line])
+    assert snapshot(data) == before
+    assert [len(lines) for lines in outputs] == [2, 0], outputs  # one line a split, once
+    assert all(f'{data}' in line and f'{tmp_path / "cache"}' in line for line in outputs[0]), outputs
 
 
 # ---------------------------------------------------------------- evaluate
 
 
 def evaluate(workdir: Path, data_dir: Path, *flags: str) -> dict[str, Any]:
+    """Without --config, unless `flags` give one: the workdir knows it."""
     result = run_ok('evaluate', f'--workdir={workdir}', f'--data_dir={data_dir}', '--json', *flags)
     return json.loads(result.stdout)
 
@@ -257,6 +283,18 @@ def test_evaluate_on_other_devices_in_other_batches(trained: Path, data_dir: Pat
     assert (found['accuracy'], found['num_examples']) == (row['accuracy'], EVAL_EXAMPLES)
     # 300 losses of about 1, added in another order: a relative 1e-5 is far above float32 rounding.
     assert found['loss'] == pytest.approx(row['loss'], rel=1e-5, abs=1e-6)
+
+
+def test_evaluate_takes_the_overrides_of_the_run(trained: Path, job: Job) -> None:
+    """The words of `train` may be said again; others that change nothing are refused (test_bad_input)."""
+    given = [
+        '--config.batch_size=48',
+        '--config.num_epochs=2',
+        '--noconfig.nesterov',
+        '--config.eval_split=train',
+    ]
+    found = evaluate(trained, job.data_dir, f'--config={job.recipe}', *given)
+    assert found['num_examples'] == TRAIN_EXAMPLES
 
 
 def test_evaluate_an_earlier_checkpoint(trained: Path, data_dir: Path) -> None:
@@ -308,12 +346,26 @@ def test_no_command_shows_the_usage_and_is_an_error() -> None:
     assert done.returncode == 2 and 'COMMAND' in done.stdout + done.stderr
 
 
-def test_entry_point(recipe: Path, data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ('words', 'value'),
+    [
+        (['--config.random_flip'], True),
+        (['--config.random_flip=True'], True),
+        (['--config.random_flip=false'], False),
+        (['--noconfig.random_flip'], False),
+        (['--config.random_flip', '--noconfig.random_flip'], False),
+    ],
+)
+def test_booleans_are_given_as_absl_takes_them(recipe: Path, words: list[str], value: bool) -> None:
+    argv = ['parallel_train', 'train', f'--config={recipe}', *words]
+    _, config = cli_lib._parse(argv, commands.COMMANDS['train'].flags)
+    assert config.random_flip is value
+
+
+def test_entry_point(job: Job, tmp_path: Path) -> None:
     code = 'import sys; from parallel_train.cli import console; sys.exit(console())'
-    arguments = ['plan', f'--config={recipe}', f'--data_dir={data_dir}', '--devices=2', '--json']
-    assert json.loads(run_python(code, *arguments, cwd=tmp_path)) == plan_json(
-        recipe, data_dir, '--devices=2'
-    )
+    arguments = job.line('plan', '--devices=2', '--json')
+    assert json.loads(run_python(code, *arguments, cwd=tmp_path)) == plan_json(job, '--devices=2')
     setup = (ROOT / 'setup.cfg').read_text()
     assert 'parallel-train = parallel_train.cli:console' in setup
 
@@ -338,9 +390,8 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert run_python(code).split() == []
 
 
-def test_a_plan_waits_for_neither_jax_nor_tensorflow(recipe: Path, data_dir: Path) -> None:
-    flags = [f'--config={recipe}', f'--data_dir={data_dir}', '--devices=4']
-    assert imported_by('plan', *flags) == set()
+def test_a_plan_waits_for_neither_jax_nor_tensorflow(job: Job) -> None:
+    assert imported_by(*job.line('plan', '--devices=4')) == set()
 
 
 def test_training_imports_no_tensorflow(trained: Path) -> None:
@@ -348,9 +399,9 @@ def test_training_imports_no_tensorflow(trained: Path) -> None:
     assert not (trained.parent / 'imported').exists(), (trained.parent / 'imported').read_text()
 
 
-def test_nobody_reads_the_output(recipe: Path, data_dir: Path) -> None:
+def test_nobody_reads_the_output(job: Job) -> None:
     """A reader that goes away, as `| head -0` does, is no fault of the program: no traceback."""
-    command = cli('plan', f'--config={recipe}', f'--data_dir={data_dir}', '--devices=4')
+    command = cli(*job.line('plan', '--devices=4'))
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, 'w') as stdout:

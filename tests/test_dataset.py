@@ -1,17 +1,12 @@
-"""What is in the dataset: decoded once, sliced as TFDS slices; what each wrong set is told."""
+"""What is in the dataset: sliced as TFDS slices; what each wrong set is told."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,24 +17,7 @@ from parallel_train.dataset import find_sizes, load_split
 from parallel_train.errors import UserError
 from parallel_train.prepare import SYSTEM_FOLDER, prepare
 from parallel_train.prepared import find_prepared
-from tests.test_idx import pattern, write_set
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope='module')
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp('pristine')
-    source = write_set(folder / 'idx', train=200, test=50)
-    prepare('mnist', folder / 'data', source, say=lambda line: None)
-    return folder / 'data'
-
-
-@pytest.fixture
-def data_dir(pristine: Path, tmp_path: Path) -> Path:
-    """A prepared set that was never decoded."""
-    ignore = shutil.ignore_patterns('decoded')
-    return Path(shutil.copytree(pristine, tmp_path / 'data', ignore=ignore))
+from tests.test_idx import pairs, pattern
 
 
 def config(**fields: Any) -> ConfigDict:
@@ -53,18 +31,6 @@ def config(**fields: Any) -> ConfigDict:
         'num_classes': 0,
     }
     return ConfigDict({**defaults, **fields})
-
-
-def pairs(images: np.ndarray, labels: np.ndarray) -> set[tuple[bytes, int]]:
-    return {(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)}
-
-
-def run(code: str) -> str:
-    result = subprocess.run(
-        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def store(folder: Path, examples: list[dict[str, Any]], features: Any) -> Path:
@@ -86,44 +52,15 @@ def store(folder: Path, examples: list[dict[str, Any]], features: Any) -> Path:
 # --- loading -------------------------------------------------------------------------------------
 
 
-def test_loads_what_was_stored(data_dir: Path) -> None:
+def test_loads_what_was_stored(undecoded: Path) -> None:
     for split, (images, labels) in {'train': pattern(200), 'test': pattern(50, 1000)}.items():
-        loaded = load_split('mnist', split, data_dir)
+        loaded = load_split('mnist', split, undecoded)
         assert loaded.images.shape == (len(images), 28, 28, 1) and loaded.images.dtype == np.uint8
         assert loaded.labels.shape == (len(images),) and loaded.labels.dtype == np.int32
         assert isinstance(loaded.images, np.memmap) and loaded.images.ctypes.data % 64 == 0
         assert not loaded.images.flags.writeable
         assert pairs(loaded.images, loaded.labels) == pairs(images, labels)
         assert loaded.class_names == tuple('0123456789') and loaded.num_classes == 10
-
-
-def test_order_is_that_of_tfds_after_a_killed_try_and_with_several_processes(
-    tmp_path: Path,
-) -> None:
-    import tensorflow_datasets as tfds
-
-    source = write_set(tmp_path / 'idx', train=10_500, test=10)
-    prepare('mnist', tmp_path / 'data', source, say=lambda line: None)
-    decoded = tmp_path / 'data/mnist/3.0.1/decoded'
-    code = (
-        'from pathlib import Path; from parallel_train.dataset import load_split\n'
-        f'load_split("mnist", "train", Path({str(tmp_path / "data")!r}))'
-    )
-    process = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
-    deadline = time.monotonic() + 20
-    while not list(decoded.glob('.train-*.part/labels.npy')):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not list(decoded.glob('train-*'))
-    loaded = load_split('mnist', 'train', tmp_path / 'data')
-    reader = tfds.data_source('mnist', split='train', data_dir=tmp_path / 'data')
-    for index in (0, 1, 5249, 5250, 5251, 10_499):
-        np.testing.assert_array_equal(loaded.images[index], reader[index]['image'])
-        assert loaded.labels[index] == reader[index]['label']
-    assert pairs(loaded.images, loaded.labels) == pairs(*pattern(10_500))
-    assert len(list(decoded.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -145,86 +82,26 @@ def test_order_is_that_of_tfds_after_a_killed_try_and_with_several_processes(
         'train[:1shard]',
     ],
 )
-def test_slices_are_those_of_tfds(pristine: Path, split: str) -> None:
+def test_slices_are_those_of_tfds(small_mnist: Path, split: str) -> None:
     import tensorflow_datasets as tfds
 
-    expected = tfds.builder_from_directory(pristine / 'mnist/3.0.1').as_data_source(split)
-    loaded = load_split('mnist', split, pristine)
+    expected = tfds.builder_from_directory(small_mnist / 'mnist/3.0.1').as_data_source(split)
+    loaded = load_split('mnist', split, small_mnist)
     assert len(loaded.images) == len(loaded.labels) == len(expected)
     np.testing.assert_array_equal(loaded.images[0], expected[0]['image'])
     np.testing.assert_array_equal(loaded.images[-1], expected[len(expected) - 1]['image'])
 
 
-def test_a_cold_load_imports_no_tensorflow_and_a_warm_one_no_tfds(data_dir: Path) -> None:
-    code = f"""
-import sys
-from pathlib import Path
-from parallel_train.dataset import load_split, find_sizes
-from types import SimpleNamespace
-data_dir = Path({str(data_dir)!r})
-for split in ('train', 'test', 'train[:150]', 'train[10%:]'):
-    load_split('mnist', split, data_dir)
-config = SimpleNamespace(dataset='mnist', train_split='train[:90%]', eval_split='test',
-    num_train_examples=0, num_eval_examples=0, input_shape=(), num_classes=0)
-find_sizes(config, data_dir)
-print([name in sys.modules for name in ('tensorflow', 'tensorflow_datasets', 'jax', 'PIL')])
-"""
-    assert run(code) == '[False, True, False, True]\n'
-    assert run(code) == '[False, False, False, False]\n'
-
-
-def test_a_warm_load_writes_nothing_and_a_new_set_is_decoded_anew(data_dir: Path) -> None:
-    load_split('mnist', 'train', data_dir)
-    decoded = data_dir / 'mnist/3.0.1/decoded'
-    (first,) = decoded.iterdir()
-    stamp = (first / 'images.npy').stat().st_mtime_ns
-    load_split('mnist', 'train', data_dir)
-    assert (first / 'images.npy').stat().st_mtime_ns == stamp
-    info = data_dir / 'mnist/3.0.1/dataset_info.json'
-    info.write_text(info.read_text().replace('handwritten', 'handwritten, newly'))
-    leftover = decoded / '.train-killed.part'
-    leftover.mkdir()
-    load_split('mnist', 'train', data_dir)
-    (second,) = decoded.iterdir()  # the stale one and the leftover are gone
-    assert second.name != first.name
-
-
-def test_tfds_still_reads_a_set_with_decoded_arrays(data_dir: Path) -> None:
-    import tensorflow_datasets as tfds
-
-    load_split('mnist', 'train', data_dir)
-    assert len(tfds.data_source('mnist', split='train', data_dir=data_dir)) == 200
-
-
-def test_many_processes_decode_once(data_dir: Path) -> None:
-    code = (
-        'import logging, sys; logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n'
-        'from pathlib import Path; from parallel_train.dataset import load_split\n'
-        f'print(int(load_split("mnist", "train", Path({str(data_dir)!r})).images.sum()))'
-    )
-    processes = [
-        subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    assert sum('decoding mnist' in output for output in outputs) == 1, outputs
-    assert len({output.splitlines()[-1] for output in outputs}) == 1
-
-
-def test_a_folder_that_cannot_be_written(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    # A file in the way fails for root as well, unlike a folder without write permission.
-    (data_dir / 'mnist/3.0.1/decoded').write_text('')
-    with caplog.at_level(logging.WARNING):
-        loaded = load_split('mnist', 'train', data_dir)
-    assert 'decoding in memory' in caplog.text
-    assert pairs(loaded.images, loaded.labels) == pairs(*pattern(200))
-
-
-def test_no_room_on_the_disk(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r'needs 0\.0 GB in .* are free: make room'):
-        load_split('mnist', 'train', data_dir)
-    assert [path.name for path in (data_dir / 'mnist/3.0.1/decoded').iterdir()] == []
+@pytest.mark.parametrize('name', ['dataset_info.json', 'features.json'])
+@pytest.mark.parametrize(
+    'content', ['', '{', '[]', 'null', '{"splits": 3, "fileFormat": "array_record"}', '\xff']
+)
+def test_damaged_metadata(undecoded: Path, name: str, content: str) -> None:
+    path = undecoded / 'mnist/3.0.1' / name
+    path.write_bytes(content.encode('latin1'))
+    with pytest.raises(UserError, match='damaged: delete this folder and run `prepare` again') as caught:
+        load_split('mnist', 'train', undecoded)
+    assert str(path.parent) in str(caught.value)
 
 
 # --- wrong input ---------------------------------------------------------------------------------
@@ -244,9 +121,9 @@ def test_no_room_on_the_disk(data_dir: Path, monkeypatch: pytest.MonkeyPatch) ->
         ('', 'is not valid'),
     ],
 )
-def test_bad_split(pristine: Path, split: str, message: str) -> None:
+def test_bad_split(small_mnist: Path, split: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_split('mnist', split, pristine)
+        load_split('mnist', split, small_mnist)
 
 
 def test_not_prepared(tmp_path: Path) -> None:
@@ -256,11 +133,11 @@ def test_not_prepared(tmp_path: Path) -> None:
         load_split('mnits', 'train', tmp_path)
 
 
-def test_stored_in_a_form_without_index(data_dir: Path) -> None:
-    info = data_dir / 'mnist/3.0.1/dataset_info.json'
+def test_stored_in_a_form_without_index(undecoded: Path) -> None:
+    info = undecoded / 'mnist/3.0.1/dataset_info.json'
     info.write_text(info.read_text().replace('array_record', 'tfrecord'))
     with pytest.raises(UserError, match='stored as tfrecord, which cannot be read by index'):
-        load_split('mnist', 'train', data_dir)
+        load_split('mnist', 'train', undecoded)
 
 
 def test_own_tfds_sets(tmp_path: Path) -> None:
@@ -366,12 +243,12 @@ def test_own_module_that_is_not_there(tmp_path: Path) -> None:
 # --- sizes ---------------------------------------------------------------------------------------
 
 
-def test_sizes_of_the_prepared_set(data_dir: Path) -> None:
-    sizes = find_sizes(config(train_split='train[:75%]', eval_split='train[75%:]'), data_dir)
+def test_sizes_of_the_prepared_set(undecoded: Path) -> None:
+    sizes = find_sizes(config(train_split='train[:75%]', eval_split='train[75%:]'), undecoded)
     assert (sizes.num_train_examples, sizes.num_eval_examples) == (150, 50)
     assert (sizes.input_shape, sizes.num_classes) == ((28, 28, 1), 10)
-    assert str(data_dir) in sizes.source
-    assert not (data_dir / 'mnist/3.0.1/decoded').exists()  # no decoding for a plan
+    assert str(undecoded) in sizes.source
+    assert not (undecoded / 'mnist/3.0.1/decoded').exists()  # no decoding for a plan
 
 
 def test_sizes_without_data_come_from_tfds_and_config(tmp_path: Path) -> None:
@@ -410,14 +287,14 @@ def test_sizes_that_nobody_gives(tmp_path: Path) -> None:
         {'num_classes': 9},
     ],
 )
-def test_sizes_that_contradict_the_data(pristine: Path, fields: dict[str, Any]) -> None:
+def test_sizes_that_contradict_the_data(small_mnist: Path, fields: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f'config.{next(iter(fields))}=.* contradicts'):
-        find_sizes(config(**fields), pristine)
+        find_sizes(config(**fields), small_mnist)
 
 
-def test_counts_of_the_data_win_over_those_of_the_config(pristine: Path) -> None:
-    sizes = find_sizes(config(num_train_examples=60_000, num_eval_examples=49), pristine)
-    assert sizes == find_sizes(config(), pristine)
+def test_counts_of_the_data_win_over_those_of_the_config(small_mnist: Path) -> None:
+    sizes = find_sizes(config(num_train_examples=60_000, num_eval_examples=49), small_mnist)
+    assert sizes == find_sizes(config(), small_mnist)
 
 
 def test_sizes_that_contradict_the_split() -> None:

@@ -33,6 +33,11 @@ def pattern(count: int, start: int = 0, size: int = 28) -> tuple[np.ndarray, np.
     return images.astype(np.uint8), (numbers % 10).astype(np.uint8)
 
 
+def pairs(images: np.ndarray, labels: np.ndarray) -> set[tuple[bytes, int]]:
+    """What does not change with the order, which is TFDS's own in a prepared set."""
+    return {(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)}
+
+
 def write_set(folder: Path, train: int = 40, test: int = 20, compress: bool = True) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for split, (images, labels) in {'train': pattern(train), 'test': pattern(test, 1000)}.items():

@@ -21,7 +21,7 @@ import pytest
 from parallel_train.dataset import load_split
 from parallel_train.errors import UserError
 from parallel_train.prepare import SYSTEM_FOLDER, prepare
-from parallel_train.prepared import find_prepared
+from parallel_train.prepared import CHECKSUMS, find_prepared
 from tests.test_idx import NAMES, idx_bytes, pattern, write_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,6 +141,37 @@ def test_data_dir_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'data_dir=.*cannot be written'):
         prepare('mnist', tmp_path / 'file' / 'data', write_set(tmp_path / 'idx'), say=quiet)
+
+
+def test_data_dir_that_cannot_be_written_is_told_before_anything_is_fetched(tmp_path: Path) -> None:
+    (tmp_path / 'file').write_text('')
+    for data_dir, message in (
+        (Path('/proc/no_such_folder/data'), 'data_dir=.*cannot be written'),
+        (tmp_path / 'file', 'data_dir=.*cannot be written .*file is not a folder'),
+        (tmp_path / ('x' * 300), 'File name too long.*: choose another --data_dir'),
+    ):
+        lines: list[str] = []
+        with pytest.raises(UserError, match=message):
+            prepare('fashion_mnist', data_dir, say=lines.append)
+        assert lines == []  # such as: fetching Debian's package
+
+
+def test_from_is_read_even_where_the_set_is_there(tmp_path: Path) -> None:
+    source, data_dir = write_set(tmp_path / 'idx'), tmp_path / 'data'
+    prepare('mnist', data_dir, source, say=quiet)
+    before = everything_in(data_dir)
+    assert 'from the files in' in prepare('mnist', data_dir, source, say=quiet)
+    with pytest.raises(UserError, match='is not a folder'):
+        prepare('mnist', data_dir, tmp_path / 'nowhere', say=quiet)
+    other = write_set(tmp_path / 'other', train=41)
+    with pytest.raises(UserError, match='other files than those .* was prepared from'):
+        prepare('mnist', data_dir, other, say=quiet)
+    with pytest.raises(UserError, match='is for sets of IDX files'):
+        prepare('my.module:load', data_dir, source, say=quiet)
+    (data_dir / 'mnist/3.0.1' / CHECKSUMS).unlink()  # as TFDS's own preparation leaves it
+    assert 'is not needed' in prepare('mnist', data_dir, other, say=quiet)
+    before.remove(f'mnist/3.0.1/{CHECKSUMS}')
+    assert everything_in(data_dir) == before
 
 
 def test_import_path_needs_nothing(tmp_path: Path) -> None:

@@ -61,20 +61,60 @@ def test_links_of_the_readme_and_docs() -> None:
             assert (page.parent / target).exists(), f'{page.name}: {target}'
 
 
-def test_quickstart(tmp_path: Path, data_dir: Path) -> None:
+def test_quickstart_in_a_folder_of_any_name(tmp_path: Path, data_dir: Path) -> None:
     """The script itself, with the environment that these tests run in instead of one of its own."""
     prefix = Path(sys.prefix)
     if not list(prefix.glob('.installed-*')):
         pytest.skip('needs an environment made by launch/test.sh, else it would install packages')
+    checkout = tmp_path / "a checkout's [copy] ü"
+    for part in ('launch', 'configs', 'parallel_train', 'setup.cfg', 'constraints.txt'):
+        take = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        checkout.mkdir(exist_ok=True)
+        take(ROOT / part, checkout / part)
+    data = shutil.copytree(data_dir, tmp_path / 'the data')
     command = [
-        ROOT / 'launch' / 'quickstart.sh', f'--data_dir={data_dir}', f'--workdir={tmp_path / "run"}',
+        checkout / 'launch' / 'quickstart.sh', f'--data_dir={data}', f'--workdir={tmp_path / "a run"}',
         '--devices=2', *QUICK.split(),
     ]  # fmt: skip
-    done = subprocess.run(
-        [*map(str, command)], env=environment(VENV=str(prefix)), capture_output=True, text=True, check=False
-    )
+    env = environment(VENV=str(prefix), CDPATH=str(tmp_path))
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert 'test accuracy' in done.stdout and (tmp_path / 'run' / 'report.html').exists()
+    assert 'test accuracy' in done.stdout and (tmp_path / 'a run' / 'report.html').exists()
+
+
+def test_quickstart_without_what_it_needs(tmp_path: Path) -> None:
+    """One line that says what is missing; nothing is made."""
+    programs, bash = tmp_path / 'bin', str(shutil.which('bash'))
+    programs.mkdir()
+    for name in ('cat', 'cksum', 'touch'):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    venv, absent = tmp_path / 'venv', tmp_path / 'no python'
+    for changes, words in (
+        ({'PATH': str(programs)}, 'error: Python 3.11 or 3.12 is needed, and PATH has neither'),
+        ({'PATH': str(tmp_path)}, f'error: there is no cat on PATH={tmp_path}'),
+        (
+            {'PATH': str(programs), 'PYTHON': str(absent)},
+            f'error: PYTHON={absent}: is not Python 3.11 or 3.12',
+        ),
+    ):
+        for script in ('quickstart.sh', 'test.sh'):
+            env = {'HOME': str(tmp_path), 'VENV': str(venv), **changes}
+            done = subprocess.run(
+                [bash, str(ROOT / 'launch' / script)], env=env, capture_output=True, text=True, check=False
+            )
+            assert (done.returncode, done.stdout) == (2, ''), done
+            assert done.stderr.startswith(words) and done.stderr.count('\n') == 1, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['bin']
+
+
+def test_python_that_was_asked_for_is_taken(tmp_path: Path) -> None:
+    python = tmp_path / 'my python' / 'python3'
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    command = ['bash', '-c', f'source {shlex.quote(str(ROOT / "launch" / "setup.sh"))}; find_python']
+    env = environment(PYTHON=str(python))
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, str(python)), done
 
 
 @pytest.mark.parametrize('script', sorted((ROOT / 'launch').glob('*.sh')) + [ROOT / '.ci' / 'run'])

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -189,6 +190,11 @@ def test_whole_run(tmp_path: Path) -> None:
     assert page.count('<svg') == 4
     for name in [*CHARTS, 'samples']:
         check_png(tmp_path / 'plots' / f'{name}.png')
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    summary = replace(SUMMARY, command='train --workdir=run\udcff\x07')
+    assert 'train --workdir=run\ufffd\ufffd' in page_text(report(tmp_path, full_run(), summary=summary))
 
 
 def test_colors_follow_the_page(tmp_path: Path) -> None:

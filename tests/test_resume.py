@@ -19,6 +19,7 @@ from tests.conftest import (
     NUM_STEPS,
     ROOT,
     STEPS_PER_EPOCH,
+    Job,
     checkpoint_steps,
     cli,
     environment,
@@ -109,39 +110,29 @@ def copy(workdir: Path, to: Path) -> Path:
 # ---------------------------------------------------------------- the runs
 
 
-class Job:
-    """How the tiny model (BatchNorm, dropout, augmentation) is trained here."""
-
-    def __init__(self, recipe: Path, data_dir: Path, models_dir: Path):
-        self.recipe, self.data_dir = recipe, data_dir
-        self.env = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(models_dir)]))
-
-    def arguments(self, workdir: Path, *more: str, devices: int = 2) -> list[str]:
-        common = [f'--config={self.recipe}', f'--data_dir={self.data_dir}', f'--workdir={workdir}']
-        return ['train', *common, f'--devices={devices}', *more]
-
-
 @pytest.fixture(scope='module')
-def job(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, models_dir: Path) -> Job:
+def tiny_job(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, models_dir: Path) -> Job:
+    """The tiny model (BatchNorm, dropout), with augmentation."""
     path = tmp_path_factory.mktemp('recipe') / 'tiny.py'
     augmented = 'config.random_crop_padding = 2\nconfig.random_flip = True\nconfig.weight_decay = 1e-4'
-    return Job(write_recipe(path, 'own_models:Tiny', augmented), data_dir, models_dir)
+    env = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(models_dir)]))
+    return Job(write_recipe(path, 'own_models:Tiny', augmented), data_dir, env)
 
 
 @pytest.fixture(scope='module')
-def reference(tmp_path_factory: pytest.TempPathFactory, job: Job) -> Path:
+def reference(tmp_path_factory: pytest.TempPathFactory, tiny_job: Job) -> Path:
     """A run of the tiny model that was never interrupted."""
     workdir = tmp_path_factory.mktemp('reference') / 'run'
-    run_ok(*job.arguments(workdir), env=job.env)
+    run_ok(*tiny_job.train(workdir), env=tiny_job.env)
     return workdir
 
 
 @pytest.fixture(scope='module')
-def interrupted(tmp_path_factory: pytest.TempPathFactory, job: Job) -> Path:
+def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_job: Job) -> Path:
     """A run of the tiny model killed early, and again once checkpoint 18 was there. Only to be copied."""
     workdir = tmp_path_factory.mktemp('interrupted') / 'run'
-    kill_at(row_written(4), job.arguments(workdir), workdir, job.env)  # no checkpoint yet, or hardly
-    kill_at(checkpoint_appeared(18), job.arguments(workdir), workdir, job.env)
+    kill_at(row_written(4), tiny_job.train(workdir), workdir, tiny_job.env)  # no checkpoint yet, or hardly
+    kill_at(checkpoint_appeared(18), tiny_job.train(workdir), workdir, tiny_job.env)
     assert 18 <= max(checkpoint_steps(workdir)) < NUM_STEPS
     return workdir
 
@@ -149,14 +140,13 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, job: Job) -> Path:
 # ---------------------------------------------------------------- as if never killed
 
 
-def test_killed_twice_cnn(trained: Path, recipe: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_killed_twice_cnn(trained: Path, job: Job, tmp_path: Path) -> None:
     workdir = tmp_path / 'run'
-    common = [f'--config={recipe}', f'--data_dir={data_dir}', f'--workdir={workdir}']
-    arguments = ['train', *common, '--devices=2']
-    kill_at(checkpoint_appeared(6), arguments, workdir, environment())
+    arguments = job.train(workdir)
+    kill_at(checkpoint_appeared(6), arguments, workdir, job.env)
     assert not (workdir / 'report.html').exists()
     mid_epoch = both(row_written(32), checkpoint_appeared(30))
-    kill_at(mid_epoch, arguments, workdir, environment())
+    kill_at(mid_epoch, arguments, workdir, job.env)
     latest = max(checkpoint_steps(workdir))
     assert STEPS_PER_EPOCH < latest < NUM_STEPS
     result = run_ok(*arguments)
@@ -166,32 +156,34 @@ def test_killed_twice_cnn(trained: Path, recipe: Path, data_dir: Path, tmp_path:
 
 
 def test_killed_while_saving_and_before_the_report(
-    job: Job, reference: Path, interrupted: Path, tmp_path: Path
+    tiny_job: Job, reference: Path, interrupted: Path, tmp_path: Path
 ) -> None:
     """With BatchNorm, dropout and augmentation; a row cut off by the crash is put right as well."""
     workdir = copy(interrupted, tmp_path / 'run')
     with open(workdir / 'metrics.jsonl', 'a') as file:
         file.write('{"split": "train", "st')
-    arguments = job.arguments(workdir)
-    kill_at(saving(24), arguments, workdir, job.env)
-    kill_at(row_written(NUM_STEPS), arguments, workdir, job.env)
-    result = run_ok(*arguments, env=job.env)
+    arguments = tiny_job.train(workdir)
+    kill_at(saving(24), arguments, workdir, tiny_job.env)
+    kill_at(row_written(NUM_STEPS), arguments, workdir, tiny_job.env)
+    result = run_ok(*arguments, env=tiny_job.env)
     assert 'resuming from step' in result.stdout
     assert_same_run(workdir, reference)
     assert list((workdir / 'checkpoints').glob('*tmp*')) == []
 
 
 def test_a_second_run_of_the_same_config_is_the_same_run(
-    job: Job, reference: Path, interrupted: Path
+    tiny_job: Job, reference: Path, interrupted: Path
 ) -> None:
     """Up to where it was killed. (Rows of different runs can be compared at all.)"""
     rows = without_timing(read_rows(interrupted))
     assert rows == without_timing(read_rows(reference))[: len(rows)]
 
 
-def test_resume_on_another_device_count(job: Job, reference: Path, interrupted: Path, tmp_path: Path) -> None:
+def test_resume_on_another_device_count(
+    tiny_job: Job, reference: Path, interrupted: Path, tmp_path: Path
+) -> None:
     workdir = copy(interrupted, tmp_path / 'run')
-    run_ok(*job.arguments(workdir, devices=4), env=job.env)
+    run_ok(*tiny_job.train(workdir, devices=4), env=tiny_job.env)
     plans = [json.loads((path / 'plan.json').read_text()) for path in (workdir, reference)]
     assert [plan.pop('num_devices') for plan in plans] == [4, 2]
     assert [plan.pop('per_device_batch_size') for plan in plans] == [12, 24]
@@ -224,10 +216,10 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize('change', CHANGES)
-def test_changed_job_is_refused(job: Job, interrupted: Path, change: str) -> None:
+def test_changed_job_is_refused(tiny_job: Job, interrupted: Path, change: str) -> None:
     flags, words = CHANGES[change]
     before = snapshot(interrupted)
-    result = run_cli(*job.arguments(interrupted, *flags), env=job.env)
+    result = run_cli(*tiny_job.train(interrupted, *flags), env=tiny_job.env)
     assert (result.code, result.stdout) == (2, ''), result
     assert result.stderr.startswith('error: ') and 'Traceback' not in result.stderr
     for word in [*words, str(interrupted), '--allow_plan_change']:
@@ -235,22 +227,22 @@ def test_changed_job_is_refused(job: Job, interrupted: Path, change: str) -> Non
     assert snapshot(interrupted) == before
 
 
-def test_other_data_under_the_same_name_is_refused(job: Job, interrupted: Path, tmp_path: Path) -> None:
+def test_other_data_under_the_same_name_is_refused(tiny_job: Job, interrupted: Path, tmp_path: Path) -> None:
     source = write_set(tmp_path / 'idx', train=960, test=300)
-    run_ok('prepare', f'--config={job.recipe}', f'--data_dir={tmp_path / "d"}', f'--from={source}')
+    run_ok(*tiny_job.line('prepare', f'--data_dir={tmp_path / "d"}', f'--from={source}'))
     before = snapshot(interrupted)
-    arguments = [*job.arguments(interrupted), f'--data_dir={tmp_path / "d"}']
-    result = run_cli(*arguments, env=job.env)
+    arguments = [*tiny_job.train(interrupted), f'--data_dir={tmp_path / "d"}']
+    result = run_cli(*arguments, env=tiny_job.env)
     assert result.code == 2
     assert 'num_train_examples was 1200 and is 960' in result.stderr
     assert snapshot(interrupted) == before
 
 
-def test_allowed_change_goes_on_from_the_checkpoint(job: Job, interrupted: Path, tmp_path: Path) -> None:
+def test_allowed_change_goes_on_from_the_checkpoint(tiny_job: Job, interrupted: Path, tmp_path: Path) -> None:
     workdir = copy(interrupted, tmp_path / 'run')
     latest = max(checkpoint_steps(workdir))
     flags = ['--config.num_epochs=2.2', '--config.learning_rate=0.02', '--allow_plan_change']
-    result = run_ok(*job.arguments(workdir, *flags), env=job.env)
+    result = run_ok(*tiny_job.train(workdir, *flags), env=tiny_job.env)
     assert f'resuming from step {latest}' in result.stdout
     rows, old = read_rows(workdir), read_rows(interrupted)
     kept = [row for row in old if row['step'] <= latest]
@@ -261,15 +253,38 @@ def test_allowed_change_goes_on_from_the_checkpoint(job: Job, interrupted: Path,
     assert restore(workdir, 55)["['step']"] == 55
 
 
-def test_allowed_change_of_the_model_loses_nothing(job: Job, interrupted: Path, tmp_path: Path) -> None:
+def test_allowed_change_of_the_model_loses_nothing(tiny_job: Job, interrupted: Path, tmp_path: Path) -> None:
     """Another model cannot go on from these arrays, allowed or not."""
     workdir = copy(interrupted, tmp_path / 'run')
     before = contents(workdir)
-    arguments = job.arguments(workdir, '--config.model=cnn', '--allow_plan_change')
-    result = run_cli(*arguments, env=job.env)
-    assert result.code == 2 and 'Traceback' not in result.stderr
+    arguments = tiny_job.train(workdir, '--config.model=cnn', '--allow_plan_change')
+    result = run_cli(*arguments, env=tiny_job.env)
+    assert (result.code, result.stdout) == (2, '') and 'Traceback' not in result.stderr
     assert contents(workdir) == before
     assert result.stderr.startswith('error: ') and 'config.model' in result.stderr
+
+
+def test_allowed_change_to_fewer_steps_than_are_trained(tiny_job: Job, interrupted: Path) -> None:
+    before = contents(interrupted)
+    arguments = tiny_job.train(interrupted, '--config.num_epochs=0.6', '--allow_plan_change')
+    result = run_cli(*arguments, env=tiny_job.env)
+    assert (result.code, result.stdout) == (2, ''), result  # no plan of what will not happen
+    assert 'config.num_epochs=0.6' in result.stderr and 'trained already' in result.stderr
+    assert contents(interrupted) == before
+
+
+def test_job_of_a_version_that_had_fewer_fields(
+    tiny_job: Job, reference: Path, interrupted: Path, tmp_path: Path
+) -> None:
+    """What it does not say has its default; another value than that is a change like any other."""
+    workdir = copy(interrupted, tmp_path / 'run')
+    config = json.loads((workdir / 'config.json').read_text())
+    del config['nesterov'], config['reduction']
+    (workdir / 'config.json').write_text(json.dumps(config))
+    changed = run_cli(*tiny_job.train(workdir, '--config.nesterov=True'), env=tiny_job.env)
+    assert changed.code == 2 and 'config.nesterov was False and is True' in changed.stderr
+    run_ok(*tiny_job.train(workdir), env=tiny_job.env)
+    assert_same_run(workdir, reference)
 
 
 def contents(workdir: Path) -> dict[str, Any]:

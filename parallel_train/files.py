@@ -1,0 +1,81 @@
+"""How are files written so that nobody meets half of them, and is told early where they cannot be?"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from parallel_train.errors import UserError
+
+
+def check_writable(field: str, folder: Path) -> None:
+    """Checks that `folder` can be written, or made where it is not there yet. Leaves nothing behind.
+
+    Raises:
+      UserError: it cannot; `field` is the flag that names it.
+    """
+    try:
+        existing = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+        if existing.is_dir():
+            tempfile.TemporaryFile(dir=existing).close()
+            return
+        reason = f'{existing} is not a folder'
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise UserError(f'{field}={str(folder)!r}: cannot be written ({reason}); name another')
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[bool]:
+    """Holds the lock file `path`; the kernel lets go of it however the process ends.
+
+    Yields True, or False on a file system without locks, where nobody may assume to be alone. The
+    file is gone afterwards.
+    """
+    while True:
+        with open(path, 'a') as file:
+            held = _lock(file.fileno(), path)
+            if held and not _is_current(file.fileno(), path):
+                continue  # the holder before us removed the file: wait at the new one
+            try:
+                yield held
+            finally:
+                if held:
+                    path.unlink(missing_ok=True)
+            return
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.getLogger(__name__).info('waiting for another process that holds %s', path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
+
+
+def _is_current(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
