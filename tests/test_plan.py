@@ -139,7 +139,7 @@ def test_clamped_decay_is_said_loudly() -> None:
         ({'batch_size': 60, 'shards': 8}, 4, ['batch_size=60', 'shards=8', '56, 64']),
         ({'batch_size': 50, 'shards': 8}, 4, ['batch_size=50', '4 × 1', 'shards=8', '48, 56']),
         ({'batch_size': 1203, 'shards': 32}, 1, ['batch_size=1203', 'nearest that is: 1184']),
-        ({'num_epochs': 1e300}, 1, ['num_epochs=1e+300', '2**31']),
+        ({'num_epochs': 1e300}, 1, ['num_epochs=1e+300', 'less than 2.14748e+09']),
         ({'batch_size': 2400}, 1, ['batch_size=2400', '1200 examples']),
         ({'num_epochs': 0.1}, 1, ['num_epochs=0.1', 'at least 0.2']),
         ({'num_epochs': 0}, 1, ['num_epochs=0', 'greater than 0']),
