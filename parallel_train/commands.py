@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from parallel_train.errors import FAULT, OK, UserError
+from parallel_train.errors import FAULT, OK, DoesNotFit, UserError
 from parallel_train.files import expanded
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ FLAGS = {
     'devices': Flag('integer', 'devices to use; on CPU, XLA devices to make'),
     'debug': Flag('boolean', 'show tracebacks of user errors'),
     'from': Flag('string', 'prepare: folder with the four IDX files'),
-    'json': Flag('boolean', 'plan, evaluate, doctor: JSON alone on stdout'),
+    'json': Flag('boolean', 'plan, evaluate, compile, doctor: JSON alone on stdout'),
     'step': Flag('integer', 'evaluate: which checkpoint (default: the latest)'),
     'skip_nonfinite': Flag('integer', 'train: leave out up to so many steps that are not finite'),
     'coordinator': Flag('string', 'HOST:PORT of process 0, in a job of several processes'),
@@ -39,6 +39,8 @@ FLAGS = {
     'start_timeout': Flag('float', 'seconds to wait for all processes to come (300)'),
     'heartbeat_timeout': Flag('float', 'seconds without a sign of life of a process that end the job (60)'),
     'stall_timeout': Flag('float', 'seconds without a step after which a process is stuck (600; 0: never)'),
+    'topology': Flag('string', 'compile: for which hardware, such as v5e:2x4,v5p:4x4x4,cpu:8'),
+    'fit': Flag('boolean', 'compile: search the largest batch that fits'),
     'allow_plan_change': Flag('boolean', 'train: continue a job although its config or plan changed'),
 }  # fmt: skip
 
@@ -122,6 +124,34 @@ def _join_job(values: Any) -> Limits:
         say = (lambda _: None) if getattr(values, 'json', False) else print
         processes.start(found, limits.heartbeat_timeout, limits.start_timeout, say)
     return limits
+
+
+def compile_step(config: Any, values: Any) -> None:
+    from parallel_train import config as config_lib
+    from parallel_train import dataset, topologies
+    from parallel_train.compile import compile_for
+    from parallel_train.show_compile import compile_table
+
+    if not values.topology:
+        raise UserError('topology: is missing; name some hardware, such as --topology=v5e:2x4,v5e:16x16')
+    if values.devices is not None:
+        raise UserError(f'devices={values.devices}: compile takes the number of devices from --topology')
+    if config.reduction == 'tree':
+        raise UserError(
+            "config.reduction='tree': its step is several programs, of which none is the step; compile with "
+            '--config.reduction=pmean'
+        )
+    wanted = [topologies.parse(name) for name in dict.fromkeys(map(str.strip, values.topology.split(',')))]
+    sizes = dataset.find_sizes(config, dataset.default_data_dir(values.data_dir))
+    config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
+    rows = compile_for(config, sizes, wanted, values.fit)
+    if values.json:
+        print(json.dumps({'topologies': rows}, indent=2))
+    else:
+        print(compile_table(rows, config, sizes.source))
+    misfits = [row['topology'] for row in rows if not row['fits']]
+    if misfits:
+        raise DoesNotFit(f'does not fit: {", ".join(misfits)}')
 
 
 def train(config: Any, values: Any) -> None:
@@ -223,6 +253,10 @@ COMMANDS = {
     'plan': Command(
         'print the plan; writes nothing',
         plan, ('devices', 'num_processes', 'json', 'data_dir', 'workdir', 'debug'),
+    ),
+    'compile': Command(
+        'compile the train step for hardware that is not here; says whether it fits',
+        compile_step, ('topology', 'fit', 'json', 'data_dir', 'workdir', 'devices', 'debug'),
     ),
     'train': Command(
         'train, evaluate and checkpoint into --workdir; resumes by itself',
