@@ -212,7 +212,9 @@ def evaluate(config: Any, values: Any) -> None:
     from parallel_train.mesh import make_mesh, replicated
 
     trained = workdir_lib.read_config(workdir)
-    if config is not None:
+    if config is None:
+        workdir_lib.check_no_own_code(workdir, trained)
+    else:
         _check_evaluate_config(config, trained, values, workdir)
         with trained.unlocked():
             for field in _OF_EVALUATION:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from parallel_train import processes
@@ -26,7 +26,7 @@ from parallel_train.errors import FAULT, PREEMPTED, USER_ERROR, UserError
 
 _PERIOD = 0.2  # seconds between two looks
 _BEAT = 1.0  # seconds between two signs of life
-_LAST_WORDS = 3.0  # seconds that process 0 stays for the others to read why the job ends
+_LAST_WORDS = 3.0  # seconds to tell the others why the job ends, and for them to read it from process 0
 _ROOT = 'parallel_train/lifeline'
 _GONE = 'gone'  # the last sign of life of a process that has ended well
 
@@ -137,10 +137,7 @@ class Lifeline:
         self._ended.set()  # this process has nothing to hear any more
         first = (str(error).strip() or repr(error)).splitlines()[0]
         code = USER_ERROR if isinstance(error, UserError) else FAULT
-        with contextlib.suppress(_StoreError):
-            self._put(
-                'end', json.dumps([f'process {self._process} ({processes.host()}) failed: {first}', code])
-            )
+        self._end_others(f'process {self._process} ({processes.host()}) failed: {first}', code)
         if code == FAULT:
             traceback.print_exception(error)
         _say(f'error: {first}')
@@ -253,9 +250,11 @@ class Lifeline:
 
     def _fail(self, message: str) -> None:
         """Ends the whole job."""
-        with contextlib.suppress(_StoreError):
-            self._put('end', json.dumps([message, FAULT]))
+        self._end_others(message, FAULT)
         self._end(message)
+
+    def _end_others(self, message: str, code: int) -> None:
+        _try(lambda: self._put('end', json.dumps([message, code])))
 
     def _end(self, message: str, code: int = FAULT, stacks: bool = True) -> None:
         """Ends this process, telling where it stood."""
@@ -269,13 +268,14 @@ class Lifeline:
         """Ends this process at once; process 0, where the store is, when the others have read why."""
         with contextlib.suppress(Exception):
             sys.stdout.flush()
-        with contextlib.suppress(_StoreError):
-            self._put(f'beat/{self._process}', _GONE)
-            deadline = time.monotonic() + _LAST_WORDS
-            others = range(1, self._count) if self._process == 0 else ()
-            while time.monotonic() < deadline and any(self._get(f'beat/{i}') != _GONE for i in others):
-                time.sleep(_PERIOD / 10)
+        _try(self._say_goodbye)
         os._exit(code)
+
+    def _say_goodbye(self) -> None:
+        self._put(f'beat/{self._process}', _GONE)
+        others = range(1, self._count) if self._process == 0 else ()
+        while any(self._get(f'beat/{i}') != _GONE for i in others):
+            time.sleep(_PERIOD / 10)
 
     def _get(self, key: str) -> str | None:
         try:
@@ -298,6 +298,18 @@ class Lifeline:
 
 class _StoreError(Exception):
     """The store does not answer."""
+
+
+def _try(talk: Callable[[], None]) -> None:
+    """Talks to the store, for so long as last words may take; a network that is cut would never answer."""
+
+    def quietly() -> None:
+        with contextlib.suppress(_StoreError):
+            talk()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(_LAST_WORDS)
 
 
 def _say(line: str) -> None:

@@ -26,10 +26,11 @@ def load_model(workdir: str | os.PathLike[str], step: int | None = None) -> tupl
       device. Images are float32 in [0, 1], [batch, height, width, channels].
 
     Raises:
-      UserError: the workdir holds no such checkpoint.
+      UserError: the workdir holds no such checkpoint, or a model of its own code.
     """
     workdir = Path(workdir)
     config = workdir_lib.read_config(workdir)
+    workdir_lib.check_no_own_code(workdir, config)
     state = load_state(config, workdir, jax.sharding.SingleDeviceSharding(jax.devices()[0]), step)
     variables = {'params': state.params}
     if state.batch_stats:

@@ -22,7 +22,7 @@ from parallel_train.errors import UserError
 CHECKSUMS = 'idx_checksums.json'  # of the IDX files that a set was prepared from
 # The forms that TFDS reads by index.
 READABLE_FORMATS = ('array_record', 'parquet')
-_NAME = re.compile(r'(?P<name>\w+)(/(?P<config>[\w+\-.]+))?(:(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?$')
+_NAME = re.compile(r'(?P<name>\w+)(/(?P<config>[\w+\-][\w+\-.]*))?(:(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?$')
 _VERSION = re.compile(r'\d+\.\d+\.\d+$')
 _SIMPLE_SPLIT = re.compile(
     r'(?P<name>[\w-]+)(\[((?P<start>-?\d+)(?P<u1>%?))?:((?P<stop>-?\d+)(?P<u2>%?))?\])?$'
@@ -110,7 +110,9 @@ def find_prepared(name: str, data_dir: Path) -> Prepared | None:
             note = folder / '.config' / 'metadata.json'
             if note.is_file():
                 default = json.loads(note.read_text()).get('default_config_name') or ''
-                versions = _versions(folder / default, version)
+                if default:
+                    parse_name(f'{base}/{default}')  # no path out of the folder
+                    versions = _versions(folder / default, version)
         if not versions:
             return None
         folder = max(versions, key=lambda path: [int(part) for part in path.name.split('.')])
@@ -136,7 +138,7 @@ def _read(name: str, path: Path) -> Prepared:
     """Reads the metadata of the set whose version lies in `path`; raises many kinds if it is damaged."""
     info_text = (path / 'dataset_info.json').read_text()
     features_text = (path / 'features.json').read_text()
-    info = json.loads(info_text)
+    info, features = json.loads(info_text), json.loads(features_text, object_hook=_only_of_tfds)
     formats = {info.get('fileFormat', 'tfrecord'), *info.get('alternativeFileFormats', [])}
     if not formats & set(READABLE_FORMATS):
         raise UserError(
@@ -153,10 +155,26 @@ def _read(name: str, path: Path) -> Prepared:
             split['name']: tuple(int(n) for n in split.get('shardLengths', []))
             for split in info.get('splits', [])
         },
-        features=parse_features(name, json.loads(features_text)['featuresDict']['features']),
+        features=parse_features(name, features['featuresDict']['features']),
         class_names=tuple(names.read_text().splitlines()) if names.is_file() else (),
         fingerprint=hashlib.sha256(content.encode()).hexdigest()[:12],
     )
+
+
+def _only_of_tfds(part: dict[str, Any]) -> dict[str, Any]:
+    """Returns an object in features.json, if no class is named there but TFDS's own.
+
+    TFDS imports the module of whatever class is named: data would choose what is executed.
+    """
+    for key in ('pythonClassName', 'python_class_name', 'type'):  # `type` in its old form
+        named = part.get(key)
+        if isinstance(named, str) and not named.startswith('tensorflow_datasets.'):
+            raise UserError(
+                f'dataset: its features.json names the class {named!r}, whose module would be imported: only '
+                'features of TFDS itself are read; prepare the set without it, or read it by a function of '
+                "your own, config.dataset='package.module:function'"
+            )
+    return part
 
 
 def parse_features(name: str, features: Mapping[str, Any]) -> Features:

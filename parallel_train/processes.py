@@ -42,6 +42,7 @@ def start(cluster: Cluster, heartbeat_timeout: float, timeout: float, say: Calla
             cluster.num_processes,
             cluster.process_id,
             local_device_ids=cluster.local_device_ids,
+            coordinator_bind_address=_listen_at(cluster.coordinator),
             initialization_timeout=int(timeout),
             heartbeat_timeout_seconds=int(max(100, 3 * heartbeat_timeout)),
             shutdown_timeout_seconds=300,  # process 0 writes the report while the others wait
@@ -54,6 +55,16 @@ def start(cluster: Cluster, heartbeat_timeout: float, timeout: float, say: Calla
         ) from error
     if is_first():
         say(f'{count()} processes, found by {cluster.found_by}; coordinator {where}')
+
+
+def _listen_at(address: str | None) -> str | None:
+    """Returns where process 0 listens: a job of one machine is not to be reached from others.
+
+    None is JAX's default, every interface: what a name means here may be another address than elsewhere.
+    """
+    if address and address.rpartition(':')[0] in ('127.0.0.1', 'localhost', '[::1]'):
+        return address
+    return None
 
 
 def _await_coordinator(address: str | None, timeout: float) -> None:

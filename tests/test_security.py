@@ -1,0 +1,179 @@
+"""Nothing that is read is executed: workdirs, checkpoints, prepared data; and no port is open unasked."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from parallel_train.dataset import load_split
+from parallel_train.errors import UserError
+from parallel_train.prepared import find_prepared
+from tests.conftest import ROOT, Job, cli, environment, run_cli, run_ok
+from tests.test_processes import free_port
+
+EVIL = "open({marker!r}, 'w').close()\nimport flax.linen as nn\n\n\nclass Model(nn.Module):\n    pass\n"
+
+
+def evil_module(folder: Path, marker: Path) -> None:
+    """Writes `evil.py`, which tells by the file `marker` that it was executed."""
+    (folder / 'evil.py').write_text(EVIL.format(marker=str(marker)))
+
+
+class Evil:
+    """Unpickled, makes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.marker), 'w')
+
+
+def test_the_pickle_would_do_it(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Evil(tmp_path / 'marker'))).close()
+    assert (tmp_path / 'marker').exists()
+
+
+def test_the_code_neither_unpickles_nor_evaluates() -> None:
+    forbidden = {
+        'pickle',
+        'cloudpickle',
+        'dill',
+        'shelve',
+        'marshal',
+        'joblib',
+        'eval',
+        'exec',
+        'allow_pickle',
+    }
+    forbidden |= {'shell', 'system', 'popen'}
+    found = []
+    for path in sorted([*(ROOT / 'parallel_train').rglob('*.py'), *(ROOT / 'launch').glob('*.py')]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str | None] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name.partition('.')[0] for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [(node.module or '').partition('.')[0]]
+            elif isinstance(node, ast.keyword):
+                names = [node.arg]
+            elif isinstance(node, ast.Call):
+                called = node.func
+                names = [called.id if isinstance(called, ast.Name) else getattr(called, 'attr', None)]
+            found += [(path.name, node.lineno, name) for name in names if name in forbidden]  # type: ignore[attr-defined]
+    assert not found
+
+
+# Python runs this before anything else, where it is the first `sitecustomize`.
+NO_UNPICKLING = """
+import _pickle, pickle, sys, traceback
+
+loads = pickle.loads
+
+
+def refuse(*args, **options):
+    if sys._getframe(1).f_code.co_filename.endswith('multiprocessing/queues.py'):
+        return loads(*args, **options)  # TensorBoard's writer, from its one thread to the other
+    with open({marker!r}, 'a') as file:
+        traceback.print_stack(file=file)
+    raise pickle.UnpicklingError('refused')
+
+
+for module in (pickle, _pickle):
+    module.load = module.loads = module.Unpickler = refuse
+"""
+
+
+def test_resuming_and_evaluating_unpickle_nothing(trained: Path, job: Job, tmp_path: Path) -> None:
+    workdir = Path(shutil.copytree(trained, tmp_path / 'run'))
+    steps = sorted(workdir.glob('checkpoints/*'), key=lambda path: int(path.name))
+    shutil.rmtree(steps[-1])  # so that there is something to do
+    (workdir / 'report.html').unlink()
+    marker = tmp_path / 'unpickled'
+    (tmp_path / 'sitecustomize.py').write_text(NO_UNPICKLING.format(marker=str(marker)))
+    env = environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    resumed = run_ok(*job.train(workdir), env=env)
+    assert f'resuming from step {steps[-2].name}' in resumed.stdout
+    run_ok('evaluate', f'--workdir={workdir}', f'--data_dir={job.data_dir}', '--devices=2', env=env)
+    assert not marker.exists(), marker.read_text()
+
+
+def test_code_in_a_workdir_is_not_executed(trained: Path, job: Job, tmp_path: Path) -> None:
+    """Not even by somebody who stands in it, so that Python looks for modules there."""
+    workdir = Path(shutil.copytree(trained, tmp_path / 'run'))
+    config = json.loads((workdir / 'config.json').read_text())
+    (workdir / 'config.json').write_text(json.dumps({**config, 'model': 'evil:Model'}))
+    evil_module(workdir, tmp_path / 'marker')
+    result = run_cli('evaluate', '--workdir=.', f'--data_dir={job.data_dir}', cwd=workdir)
+    assert result.code == 2 and "config.model='evil:Model': evil lies in the workdir" in result.stderr, result
+    assert not (tmp_path / 'marker').exists()
+
+
+@pytest.mark.parametrize('key', ['pythonClassName', 'python_class_name', 'type'])
+def test_data_do_not_choose_what_is_imported(
+    key: str, undecoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TFDS imports the modules of the classes that features.json names."""
+    (path,) = undecoded.glob('*/*/features.json')
+    features = json.loads(path.read_text())
+    features['featuresDict']['features']['more'] = {key: 'evil.Feature', 'content': {}}
+    path.write_text(json.dumps(features))
+    evil_module(tmp_path, tmp_path / 'marker')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"class 'evil\.Feature', whose module would be imported"):
+        load_split('mnist', 'train', undecoded)
+    assert not (tmp_path / 'marker').exists()
+
+
+def test_pickles_among_the_decoded_arrays_are_not_loaded(undecoded: Path, tmp_path: Path) -> None:
+    """They are no arrays of numbers, so the records are decoded again."""
+    want = np.array(load_split('mnist', 'train', undecoded).images)
+    (images,) = undecoded.glob('*/*/decoded/train-*/images.npy')
+    np.save(images, np.array([Evil(tmp_path / 'marker')], object), allow_pickle=True)
+    got = load_split('mnist', 'train', undecoded)
+    assert np.array_equal(got.images, want)
+    assert not (tmp_path / 'marker').exists()
+
+
+@pytest.mark.parametrize('name', ['mnist/..', 'mnist/../mnist', '../mnist', 'mnist/.config', '/mnist'])
+def test_names_of_data_sets_stay_in_the_data_dir(name: str, small_mnist: Path) -> None:
+    with pytest.raises(UserError, match='neither a TFDS name'):
+        find_prepared(name, small_mnist)
+
+
+def test_the_note_of_a_default_config_stays_in_the_data_dir(undecoded: Path, tmp_path: Path) -> None:
+    (undecoded / 'mnist').rename(tmp_path / 'elsewhere')
+    note = undecoded / 'mnist' / '.config' / 'metadata.json'
+    note.parent.mkdir(parents=True)
+    note.write_text(json.dumps({'default_config_name': str(tmp_path / 'elsewhere')}))
+    with pytest.raises(UserError, match='neither a TFDS name'):
+        find_prepared('mnist', undecoded)
+
+
+def test_a_job_of_this_machine_listens_to_this_machine_alone(job: Job, tmp_path: Path) -> None:
+    """The coordinator authenticates nobody."""
+    flags = [f'--coordinator=127.0.0.1:{free_port()}', '--num_processes=2', '--process_id=0']
+    process = subprocess.Popen(
+        cli(*job.train(tmp_path / 'run', *flags)), cwd=ROOT, env=job.env, stderr=subprocess.DEVNULL
+    )
+    try:
+        listening: list[str] = []
+        deadline = time.monotonic() + 120
+        while not listening and time.monotonic() < deadline:
+            time.sleep(0.1)
+            sockets = psutil.Process(process.pid).net_connections('inet')
+            listening = [s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN]
+        assert listening and set(listening) <= {'127.0.0.1', '::1', '::ffff:127.0.0.1'}, listening
+    finally:
+        process.kill()
+        process.wait()
