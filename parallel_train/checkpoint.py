@@ -190,7 +190,7 @@ class Checkpoints:
         if problems:
             step = max(problems)
             raise UserError(
-                f'workdir={str(self._workdir)!r}: none of its checkpoints, {", ".join(map(str, problems))}, '
+                f'workdir={str(self._workdir)!r}: none of its checkpoints, {", ".join(map(str, sorted(problems)))}, '
                 'holds the arrays of this config.model and config.optimizer, or they are damaged; name '
                 f'another workdir ({problems[step]})'
             )
