@@ -188,9 +188,9 @@ class Checkpoints:
                 self._set_aside(list(problems))
             return state
         if problems:
-            step = max(problems)
+            step, steps = max(problems), ', '.join(map(str, sorted(problems)))
             raise UserError(
-                f'workdir={str(self._workdir)!r}: none of its checkpoints, {", ".join(map(str, sorted(problems)))}, '
+                f'workdir={str(self._workdir)!r}: none of its checkpoints, {steps}, '
                 'holds the arrays of this config.model and config.optimizer, or they are damaged; name '
                 f'another workdir ({problems[step]})'
             )

@@ -218,9 +218,9 @@ def explain(error: Diverged, state: TrainState, run: Run) -> str:
         where = f'; {diagnose(state, run.config, run.plan, run.train_split)}'
     run.checkpoints.wait()
     last = run.checkpoints.latest_step()
-    stands = f'checkpoint {last} stands' if last else 'there is no checkpoint yet'
+    stands = f'the checkpoint of step {last} stands' if last else 'no checkpoint was made yet'
     return (
-        f'{error}{where}. {stands[0].upper()}{stands[1:]}. Lower config.learning_rate or lengthen '
+        f'{error}{where}; {stands}. Lower config.learning_rate or lengthen '
         'config.warmup_epochs, and use a new workdir; or leave out a few such steps: --skip_nonfinite=N'
     )
 
