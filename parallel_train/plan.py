@@ -56,6 +56,11 @@ class Plan:
         """Returns the learning rate once `step` updates are completed."""
         return rate_at(self.pieces, step)
 
+    @property
+    def compare_replicas_every(self) -> int:
+        """Steps between two comparisons. What one finds is seen at the next, so that nobody waits for it."""
+        return max(self.divergence_check_steps // 2, 1)
+
     def epoch_of(self, step: int) -> float:
         """Returns how many epochs `step` completed updates are."""
         return step / self.steps_per_epoch
@@ -70,7 +75,7 @@ class Plan:
             self.log_every_steps,
             self.eval_every_steps,
             self.checkpoint_every_steps,
-            self.divergence_check_steps,
+            self.compare_replicas_every,
         )
         return any(self.is_due(step, steps) for steps in every)
 
