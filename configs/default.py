@@ -15,7 +15,9 @@ def get_config() -> config_dict.ConfigDict:
     config.seed = 0
 
     # What is trained. A name that is not built in is an import path, `my_package.my_module:MyModel`.
-    config.model = 'cnn'  # cnn | resnet_small | import path of a Linen module
+    # cnn | resnet_small | resnet18 | resnet50 | wide_resnet_28_10 | vit_s16 | import path of a Linen module
+    config.model = 'cnn'
+    config.dtype = 'float32'  # of matrix products: float32 | bfloat16; parameters are float32 either way
     config.loss = 'softmax_cross_entropy'  # or the import path of a loss function
 
     # On what. A TFDS name, or the import path of a function that returns arrays.
@@ -43,17 +45,22 @@ def get_config() -> config_dict.ConfigDict:
     config.reduction = 'pmean'
 
     # The rate of each step.
-    config.schedule = 'cosine'  # cosine (linear warmup first) | constant (no warmup)
+    # cosine | steps (either after a linear warmup) | constant (no warmup)
+    config.schedule = 'cosine'
     config.learning_rate = 0.1  # the peak rate
     config.learning_rate_scaling = 'none'  # none | linear | sqrt, in batch_size / reference_batch_size
     config.reference_batch_size = 256
     config.warmup_epochs = 2.0
+    config.warmup_learning_rate = 0.0  # where the warmup starts, unscaled
+    config.decay_epochs = ()  # steps: after each of these epochs the rate is multiplied by decay_factor
+    config.decay_factor = 0.1
 
     # How an update is made from a gradient.
     config.optimizer = 'sgd'  # sgd | adamw
     config.momentum = 0.9  # sgd: momentum; adamw: beta 1
     config.nesterov = False  # sgd only
     config.weight_decay = 0.0  # of kernels only, not of biases and norm scales
+    config.gradient_clip_norm = 0.0  # gradients of a larger norm are scaled down to it; 0: never
 
     # Augmentation on the device, a function of (seed, epoch, example).
     config.random_crop_padding = 0  # pixels of zeros around the image before a random crop; 0: no crop

@@ -78,13 +78,17 @@ def local_batch(data: Data, row: jax.Array, part: tuple[jax.Array, int] | None =
 
 def fits_on_device(split: Split, mesh: Mesh) -> bool:
     """Whether a quarter of a device's memory holds the split (on CPU: of this machine's, for all)."""
-    device = mesh.devices.flat[0]
     if is_cpu(mesh):
         import psutil
 
-        return split.images.nbytes * mesh.local_mesh.size <= psutil.virtual_memory().total / 4
-    stats = device.memory_stats() or {}
-    return split.images.nbytes <= stats.get('bytes_limit', 0) / 4
+        return may_stay(split.images.nbytes * mesh.local_mesh.size, psutil.virtual_memory().total)
+    stats = mesh.devices.flat[0].memory_stats() or {}
+    return may_stay(split.images.nbytes, stats.get('bytes_limit', 0))
+
+
+def may_stay(num_bytes: int, memory_bytes: int) -> bool:
+    """Whether a dataset of that size may lie in a memory of that size: it takes a quarter at most."""
+    return num_bytes <= memory_bytes / 4
 
 
 def resident(split: Split, placement: str, mesh: Mesh) -> bool:

@@ -1,14 +1,16 @@
 """How is a run saved and found again? Orbax checkpoints, labelled by completed steps.
 
 Each keeps fingerprints of its arrays (replicas.py), which are compared when it is restored: what is damaged
-is never used. The one before is, and the damaged one is set aside.
+is never used. (Orbax and TensorStore by themselves take a chunk with flipped bits as it is.) The one before
+is used, and the damaged one set aside.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from parallel_train.state import TrainState, saved_parts
 from parallel_train.workdir import CHECKPOINTS
 
 DAMAGED = 'damaged'  # folder of a workdir, beside its checkpoints
-_FINGERPRINTS = 'fingerprints'
+_FINGERPRINTS, _ACCURACY = 'fingerprints', 'accuracy'  # in the metadata of a checkpoint
 
 
 @contextlib.contextmanager
@@ -42,35 +44,52 @@ def open_checkpoints(
     directory = (workdir / CHECKPOINTS).resolve()
     if read_only and not directory.is_dir():
         raise UserError(f'workdir={str(workdir)!r}: holds no checkpoints; train first')
-    checkpoints = Checkpoints(lambda: _manager(directory, keep, read_only), workdir, say)
+    checkpoints = Checkpoints(workdir, keep, read_only, say)
     try:
         yield checkpoints
     finally:
         checkpoints.close()
 
 
-def _manager(directory: Path, keep: int, read_only: bool) -> ocp.CheckpointManager:
+def _open_manager(
+    directory: Path, policy: preservation_policy.PreservationPolicy, read_only: bool
+) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(keep),
-                preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics['accuracy'],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        ),
+        preservation_policy=policy,
         read_only=read_only,
         create=not read_only,
         cleanup_tmp_directories=not read_only,
     )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # else Orbax warns of what `read_only` means
-    try:
+    with _quiet_orbax():  # else it warns of what `read_only` means
         return ocp.CheckpointManager(directory, options=options)
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+class _KeepLatestAndBest(preservation_policy.PreservationPolicy):
+    """Keeps the latest `latest` checkpoints, and the one of the highest accuracy.
+
+    Orbax's own policy for the best knows nothing of what was saved before a resume.
+    """
+
+    def __init__(self, latest: int, accuracy: dict[int, float]):
+        self._latest, self._accuracy = latest, accuracy
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [info.step for info in checkpoints]
+        kept = set(sorted(steps)[-self._latest :])
+        evaluated = [step for step in steps if step in self._accuracy]
+        if evaluated:
+            kept.add(max(evaluated, key=lambda step: (self._accuracy[step], step)))
+        return [step in kept for step in steps]
 
 
 class Damaged(Exception):
@@ -80,11 +99,23 @@ class Damaged(Exception):
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(
-        self, open_manager: Callable[[], ocp.CheckpointManager], workdir: Path, say: Callable[[str], None]
-    ):
-        self._open, self._workdir, self._say = open_manager, workdir, say
-        self._manager = open_manager()
+    def __init__(self, workdir: Path, keep: int, read_only: bool, say: Callable[[str], None]):
+        self._workdir, self._keep, self._read_only, self._say = workdir, keep, read_only, say
+        self._open()
+
+    def _open(self) -> None:
+        directory = (self._workdir / CHECKPOINTS).resolve()
+        accuracy: dict[int, float] = {}
+        policy = _KeepLatestAndBest(self._keep, accuracy)
+        self._manager, self._accuracy = _open_manager(directory, policy, self._read_only), accuracy
+        for step in self.steps():
+            with contextlib.suppress(Exception):  # none, or damaged
+                accuracy[step] = float(self._metadata(step)[_ACCURACY])
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        """Returns what `save` put beside the arrays; {} where it is lost."""
+        with _quiet_orbax():
+            return self._manager.metadata(step).custom_metadata or {}
 
     def latest_step(self) -> int | None:
         """Returns the completed steps of the latest whole checkpoint, None if there is none."""
@@ -93,24 +124,23 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, metrics: dict[str, float] | None) -> bool:
+    def save(self, step: int, state: TrainState, accuracy: float | None) -> bool:
         """Starts to save `state`, whose arrays may be donated as soon as this returns.
 
         Args:
           step: completed steps.
           state: the state.
-          metrics: of the eval split at this step, if it was evaluated.
+          accuracy: on the eval split at this step, if it was evaluated.
 
         Returns:
           False if the disk did not take it, or the one before: said, and to be tried again later.
         """
+        beside: dict[str, Any] = {_FINGERPRINTS: digest(state)}
+        if accuracy is not None:
+            beside[_ACCURACY] = self._accuracy[step] = accuracy
         try:
             saving = self._manager.save(
-                step,
-                args=ocp.args.StandardSave(saved_parts(state)),
-                metrics=metrics,
-                custom_metadata={_FINGERPRINTS: digest(state)},
-                force=True,
+                step, args=ocp.args.StandardSave(saved_parts(state)), custom_metadata=beside, force=True
             )
         except Exception as error:  # of many kinds, from Orbax and TensorStore; also of the save before
             self._failed(step, error)
@@ -135,7 +165,7 @@ class Checkpoints:
         if processes.is_first():
             for remains in (self._workdir / CHECKPOINTS).glob('*.orbax-checkpoint-tmp*'):
                 shutil.rmtree(remains, ignore_errors=True)
-        self._manager = self._open()
+        self._open()
 
     def restore_latest(self, template: TrainState, sharding: Any) -> TrainState | None:
         """Returns the state of the latest checkpoint that is whole, None if there is no checkpoint.
@@ -158,9 +188,9 @@ class Checkpoints:
                 self._set_aside(list(problems))
             return state
         if problems:
-            step = max(problems)
+            step, steps = max(problems), ', '.join(map(str, sorted(problems)))
             raise UserError(
-                f'workdir={str(self._workdir)!r}: none of its checkpoints, {", ".join(map(str, problems))}, '
+                f'workdir={str(self._workdir)!r}: none of its checkpoints, {steps}, '
                 'holds the arrays of this config.model and config.optimizer, or they are damaged; name '
                 f'another workdir ({problems[step]})'
             )
@@ -175,7 +205,7 @@ class Checkpoints:
                 shutil.rmtree(there, ignore_errors=True)
                 shutil.move(self._workdir / CHECKPOINTS / str(step), there)
         processes.share(lambda: None)  # all open the folder again once it is done
-        self._manager = self._open()
+        self._open()
 
     def restore(self, template: TrainState, sharding: Any, step: int | None = None) -> TrainState:
         """Returns a state from a checkpoint, every array laid out as `sharding` says.
@@ -209,10 +239,13 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved_parts(template)
         )
         try:
-            parts = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-            kept = self._manager.metadata(step).custom_metadata[_FINGERPRINTS]
+            with _quiet_orbax():
+                parts = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+            kept = self._metadata(step).get(_FINGERPRINTS)
         except Exception as error:  # of many kinds, from Orbax and TensorStore
             raise Damaged(_first_line(error)) from error
+        if not isinstance(kept, dict):
+            raise Damaged('its fingerprints are missing')
         state = template.replace(**parts)
         found = digest(state)
         differing = [name for name in found if found[name] != kept.get(name)]
@@ -225,4 +258,6 @@ class Checkpoints:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # What follows is of use to those alone who debug TensorStore.
+    return re.split(r'\. See full TensorStore| \[(?:tensorstore_spec|source locations)=', line)[0][:300]

@@ -12,17 +12,7 @@ from absl import flags
 
 from parallel_train import commands
 from parallel_train import config as config_lib
-from parallel_train.errors import (
-    DIVERGED,
-    FAULT,
-    OK,
-    PREEMPTED,
-    USER_ERROR,
-    Diverged,
-    Preempted,
-    ReplicasDiffer,
-    UserError,
-)
+from parallel_train.errors import ENDINGS, FAULT, OK, USER_ERROR, Preempted, UserError
 from parallel_train.files import expanded
 
 INTERRUPTED = 130
@@ -56,20 +46,11 @@ def main(argv: Sequence[str]) -> int:
             )  # whatever the terminal can show, and file names hold
     try:
         return _run(list(argv))
-    except UserError as error:
+    except ENDINGS as error:
         if any(a.lstrip('-').lower() in ('debug', 'debug=true', 'debug=1') for a in argv):
             traceback.print_exc()
-        print(f'error: {error}', file=sys.stderr)
-        return USER_ERROR
-    except Diverged as error:
-        print(f'error: {error}', file=sys.stderr)
-        return DIVERGED
-    except Preempted as stopped:
-        print(stopped, file=sys.stderr)
-        return PREEMPTED
-    except ReplicasDiffer as error:
-        print(f'error: {error}', file=sys.stderr)
-        return FAULT
+        print(f'{"" if isinstance(error, Preempted) else "error: "}{error}', file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         goes_on = '; the same command goes on from the last checkpoint, if one was made'
         print(f'interrupted{goes_on if argv[1] == "train" else ""}', file=sys.stderr)
@@ -112,8 +93,7 @@ def _run(argv: list[str]) -> int:
     if values.devices is not None and values.devices < 1:
         raise UserError(f'devices={values.devices}: must be at least 1')
     _set_up_logging(show_ours=not getattr(values, 'json', False))
-    command.run(config, values)
-    return OK
+    return command.run(config, values) or OK
 
 
 def _parse(argv: list[str], known: Sequence[str]) -> tuple[Any, Any]:
@@ -187,8 +167,11 @@ def _set_up_logging(show_ours: bool) -> None:
 
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    absl_logging.set_stderrthreshold(absl_logging.ERROR)
+    # Orbax logs each error as well as raising it, with a stack for each array.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    absl_logging.set_stderrthreshold(absl_logging.FATAL)
+    # Likewise what it leaves unawaited after a read or a write that failed.
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
     ours = logging.getLogger('parallel_train')
     ours.propagate = False
     if show_ours:

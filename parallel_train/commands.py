@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from parallel_train.errors import UserError
+from parallel_train.errors import FAULT, OK, DoesNotFit, UserError
 from parallel_train.files import expanded
+
+if TYPE_CHECKING:
+    from parallel_train.lifeline import Limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,7 @@ FLAGS = {
     'devices': Flag('integer', 'devices to use; on CPU, XLA devices to make'),
     'debug': Flag('boolean', 'show tracebacks of user errors'),
     'from': Flag('string', 'prepare: folder with the four IDX files'),
-    'json': Flag('boolean', 'plan, evaluate: JSON alone on stdout'),
+    'json': Flag('boolean', 'plan, evaluate, compile, doctor: JSON alone on stdout'),
     'step': Flag('integer', 'evaluate: which checkpoint (default: the latest)'),
     'skip_nonfinite': Flag('integer', 'train: leave out up to so many steps that are not finite'),
     'coordinator': Flag('string', 'HOST:PORT of process 0, in a job of several processes'),
@@ -35,6 +39,8 @@ FLAGS = {
     'start_timeout': Flag('float', 'seconds to wait for all processes to come (300)'),
     'heartbeat_timeout': Flag('float', 'seconds without a sign of life of a process that end the job (60)'),
     'stall_timeout': Flag('float', 'seconds without a step after which a process is stuck (600; 0: never)'),
+    'topology': Flag('string', 'compile: for which hardware, such as v5e:2x4,v5p:4x4x4,cpu:8'),
+    'fit': Flag('boolean', 'compile: search the largest batch that fits'),
     'allow_plan_change': Flag('boolean', 'train: continue a job although its config or plan changed'),
 }  # fmt: skip
 
@@ -42,7 +48,7 @@ FLAGS = {
 @dataclasses.dataclass(frozen=True)
 class Command:
     summary: str
-    run: Callable[[Any, Any], None]  # config (None if not given), flag values
+    run: Callable[[Any, Any], int | None]  # config (None if not given), flag values -> exit code (None: 0)
     flags: Sequence[str]
     needs_config: bool = True
 
@@ -100,8 +106,8 @@ def plan(config: Any, values: Any) -> None:
         print(plan_table(planned, config, sizes.source))
 
 
-def train(config: Any, values: Any) -> None:
-    workdir = _workdir(values)
+def _join_job(values: Any) -> Limits:
+    """Joins the job of several processes that flags or environment tell of; returns the time limits."""
     from parallel_train import cluster
     from parallel_train.lifeline import Limits
 
@@ -111,14 +117,49 @@ def train(config: Any, values: Any) -> None:
         if values[name].value is not None
     }
     limits = Limits(**given)
-    skip = values.skip_nonfinite or 0
-    if skip < 0:
-        raise UserError(f'skip_nonfinite={skip}: must be at least 0')
     found = cluster.find_cluster(values.coordinator, values.num_processes, values.process_id)
     if found:
         from parallel_train import processes
 
-        processes.start(found, limits.heartbeat_timeout, limits.start_timeout, say=print)
+        say = (lambda _: None) if getattr(values, 'json', False) else print
+        processes.start(found, limits.heartbeat_timeout, limits.start_timeout, say)
+    return limits
+
+
+def compile_step(config: Any, values: Any) -> None:
+    from parallel_train import config as config_lib
+    from parallel_train import dataset, topologies
+    from parallel_train.compile import compile_for
+    from parallel_train.show_compile import compile_table
+
+    if not values.topology:
+        raise UserError('topology: is missing; name some hardware, such as --topology=v5e:2x4,v5e:16x16')
+    if values.devices is not None:
+        raise UserError(f'devices={values.devices}: compile takes the number of devices from --topology')
+    if config.reduction == 'tree':
+        raise UserError(
+            "config.reduction='tree': its step is several programs, of which none is the step; compile with "
+            '--config.reduction=pmean'
+        )
+    wanted = [topologies.parse(name) for name in dict.fromkeys(map(str.strip, values.topology.split(',')))]
+    sizes = dataset.find_sizes(config, dataset.default_data_dir(values.data_dir))
+    config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
+    rows = compile_for(config, sizes, wanted, values.fit)
+    if values.json:
+        print(json.dumps({'topologies': rows}, indent=2))
+    else:
+        print(compile_table(rows, config, sizes.source))
+    misfits = [row['topology'] for row in rows if not row['fits']]
+    if misfits:
+        raise DoesNotFit(f'does not fit: {", ".join(misfits)}')
+
+
+def train(config: Any, values: Any) -> None:
+    workdir = _workdir(values)
+    skip = values.skip_nonfinite or 0
+    if skip < 0:
+        raise UserError(f'skip_nonfinite={skip}: must be at least 0')
+    limits = _join_job(values)
     from parallel_train.train import train_and_evaluate
 
     train_and_evaluate(
@@ -143,6 +184,22 @@ def _check_evaluate_config(config: Any, trained: Any, values: Any, workdir: Path
                 f'config.{field}={config[field]!r}: has no effect on an evaluation, and {workdir} was '
                 f'trained with {trained[field]!r}; leave it out. Used are: {", ".join(_OF_EVALUATION)}'
             )
+
+
+def doctor(config: Any, values: Any) -> int:
+    from parallel_train import config as config_lib
+    from parallel_train import dataset
+    from parallel_train import doctor as doctor_lib
+
+    _join_job(values)
+    given = {
+        'data_dir': dataset.default_data_dir(values.data_dir),
+        'workdir': _workdir(values) if values.workdir else None,
+        'devices': values.devices,
+    }
+    config = config_lib.default_config() if config is None else config
+    fit = doctor_lib.diagnose(config, given, values.json, colours=sys.stdout.isatty() and not values.json)
+    return OK if fit else FAULT
 
 
 def evaluate(config: Any, values: Any) -> None:
@@ -199,10 +256,18 @@ COMMANDS = {
         'print the plan; writes nothing',
         plan, ('devices', 'num_processes', 'json', 'data_dir', 'workdir', 'debug'),
     ),
+    'compile': Command(
+        'compile the train step for hardware that is not here; says whether it fits',
+        compile_step, ('topology', 'fit', 'json', 'data_dir', 'workdir', 'devices', 'debug'),
+    ),
     'train': Command(
         'train, evaluate and checkpoint into --workdir; resumes by itself',
         train,
         ('workdir', 'data_dir', 'devices', 'allow_plan_change', 'skip_nonfinite', *_PROCESS_FLAGS, 'debug'),
+    ),
+    'doctor': Command(
+        'self-test of this machine or job, one line a check',
+        doctor, ('workdir', 'data_dir', 'devices', 'json', *_PROCESS_FLAGS, 'debug'), needs_config=False,
     ),
     'evaluate': Command(
         'exact metrics of a checkpoint on the eval split',

@@ -30,9 +30,13 @@ _IMPORT_PATH = re.compile(r'\w+(\.\w+)*:\w+')
 BUILT_IN_MODELS = {
     'cnn': 'parallel_train.models.cnn:CNN',
     'resnet_small': 'parallel_train.models.resnet_small:ResNetSmall',
+    'resnet18': 'parallel_train.models.resnet:ResNet18',
+    'resnet50': 'parallel_train.models.resnet:ResNet50',
+    'wide_resnet_28_10': 'parallel_train.models.wide_resnet:WideResNet28x10',
+    'vit_s16': 'parallel_train.models.vit:ViTS16',
 }
 BUILT_IN_LOSSES = {'softmax_cross_entropy': 'parallel_train.losses:softmax_cross_entropy'}
-SCHEDULES = ('cosine', 'constant')
+SCHEDULES = ('cosine', 'steps', 'constant')
 OPTIMIZERS = ('sgd', 'adamw')
 REDUCTIONS = ('pmean', 'tree')
 
@@ -123,9 +127,19 @@ def _shape(value: Any) -> str | None:
     return 'must be (height, width, channels) in positive whole numbers, or () for not given'
 
 
+def _epochs(value: Any) -> str | None:
+    is_row = isinstance(value, tuple | list) and all(
+        _number(0, exclusive=True, below=MAX_STEPS)(v) is None for v in value
+    )
+    if is_row and all(a < b for a, b in zip(value, value[1:], strict=False)):
+        return None
+    return 'must be epochs in rising order, such as (30, 60, 80), or () for none'
+
+
 _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'seed': _integer(0, 2**32 - 1),
     'model': _name_or_import_path(tuple(BUILT_IN_MODELS)),
+    'dtype': _one_of('float32', 'bfloat16'),
     'loss': _name_or_import_path(tuple(BUILT_IN_LOSSES)),
     'dataset': _text,
     'train_split': _text,
@@ -145,10 +159,14 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'learning_rate_scaling': _one_of('none', 'linear', 'sqrt'),
     'reference_batch_size': _integer(1),
     'warmup_epochs': _number(0, below=MAX_STEPS),
+    'warmup_learning_rate': _number(0),
+    'decay_epochs': _epochs,
+    'decay_factor': _number(0, exclusive=True),
     'optimizer': _one_of(*OPTIMIZERS),
     'momentum': _number(0, below=1),
     'nesterov': _boolean,
     'weight_decay': _number(0),
+    'gradient_clip_norm': _number(0),
     'random_crop_padding': _integer(0, 2**16),
     'random_flip': _boolean,
     'log_every_steps': _integer(1),

@@ -15,7 +15,7 @@ import numpy as np
 
 from parallel_train import order
 from parallel_train.dataset import Split
-from parallel_train.forward import make_forward
+from parallel_train.forward import Batch, Forward, make_forward
 from parallel_train.plan import Plan
 from parallel_train.shards import sums_of_shards, take_shards
 from parallel_train.state import TrainState
@@ -60,8 +60,8 @@ def _look_at(
     """Looks at a shard's forward and backward pass.
 
     Returns:
-      The first tensor that is not finite, '' if all are; and for which of the shard's examples it is, bool
-      [examples]: all where it does not belong to examples.
+      The first tensor that is not finite, '' if all are; and which of the shard's examples it comes from,
+      bool [examples]: all where that cannot be told.
     """
     forward = make_forward(config, state.apply_fn)
     shards = jax.jit(lambda s: take_shards(s.step, s.key, data, config, plan, shard, 1))(state)
@@ -73,21 +73,37 @@ def _look_at(
             outputs.append(('/'.join(context.module.path) or 'the model', output))
         return output
 
-    batch, keys = jax.tree.map(lambda x: x[0], shards)
+    batch, key = jax.tree.map(lambda x: x[0], shards)
     with nn.intercept_methods(watching):
-        loss, _, stats = forward(state.params, state.batch_stats, batch, True, keys)
+        loss, _, stats = forward(state.params, state.batch_stats, batch, True, key)
     everyone = np.ones(plan.examples_per_shard, bool)
     for name, output in outputs:
         if isinstance(output, jax.Array) and not bool(jnp.all(jnp.isfinite(output))):
-            finite = np.asarray(jnp.isfinite(output))
-            by_example = len(finite) == len(everyone)
-            rows = ~finite.reshape(len(finite), -1).all(axis=1) if by_example else everyone
-            return f'the output of {name}', np.asarray(rows)
+            return f'the output of {name}', _bad_rows(output) if len(output) == len(everyone) else everyone
     if not bool(jnp.isfinite(loss)):
-        return 'the loss', everyone
+        losses, weights = forward.loss(outputs[-1][1], batch)
+        return 'the loss', _bad_rows(losses * weights)
     grads = jax.jit(lambda s: sums_of_shards(forward, s.params, s.batch_stats, shards))(state)['grads']
-    bad = _first_bad(grads)
-    return (f'the gradient of {bad}' if bad else _first_bad({'batch_stats': stats})), everyone
+    if bad := _first_bad(grads):
+        return f'the gradient of {bad}', _bad_alone(forward, state, batch, key)
+    return _first_bad({'batch_stats': stats}), everyone
+
+
+def _bad_rows(values: jax.Array) -> np.ndarray:
+    finite = np.asarray(jnp.isfinite(values))
+    return ~finite.reshape(len(finite), -1).all(axis=1)
+
+
+def _bad_alone(forward: Forward, state: TrainState, batch: Batch, key: jax.Array) -> np.ndarray:
+    """Returns of which examples by themselves the gradient is not finite; all, if it is of none."""
+
+    def bad(example: Batch) -> jax.Array:
+        one = jax.tree.map(lambda x: x[None], example)
+        grads = jax.grad(lambda params: forward(params, state.batch_stats, one, True, key)[0])(state.params)
+        return ~jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
+
+    rows = np.asarray(jax.jit(lambda batch: jax.lax.map(bad, batch))(batch))
+    return rows if rows.any() else ~rows
 
 
 def _first_bad(tree: Any) -> str:

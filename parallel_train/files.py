@@ -85,6 +85,58 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+class Growing:
+    """A file that is appended to. What the disk does not take is kept in memory and tried again later."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = open(path, 'ab', buffering=0)
+        self._size = self._file.seek(0, os.SEEK_END)  # of what is whole
+        self._waiting: list[bytes] = []
+
+    def append(self, data: bytes) -> str:
+        """Writes `data` after what waits; returns why the disk does not take it, '' if it does.
+
+        Raises:
+          FileNotFoundError: the file was removed.
+        """
+        self._waiting.append(data)
+        return self.flush()
+
+    def flush(self) -> str:
+        """Writes what waits; see `append`."""
+        if not self._path.exists():  # else it would go where nobody finds it
+            raise FileNotFoundError(f'{self._path} was removed while the run goes on')
+        data = b''.join(self._waiting)
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._size)  # half a line, or record
+            return error.strerror or str(error)
+        self._size = self._file.seek(0, os.SEEK_END)
+        self._waiting.clear()
+        return ''
+
+    def sync(self) -> str:
+        """Returns once all is on the disk itself; see `append`."""
+        problem = self.flush()
+        if problem:
+            return problem
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            return error.strerror or str(error)
+        return ''
+
+    def close(self) -> None:
+        """Closes the file, with whatever the disk takes."""
+        with contextlib.suppress(OSError):
+            self.sync()
+        self._file.close()
+
+
 def _lock(descriptor: int, path: Path) -> bool:
     try:
         try:

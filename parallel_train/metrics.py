@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from parallel_train import events
 from parallel_train.errors import UserError
+from parallel_train.files import Growing
 from parallel_train.workdir import METRICS, write_atomically
 
 Row = dict[str, Any]
@@ -21,14 +20,12 @@ def read_rows(workdir: Path) -> list[Row]:
     """Returns the rows of a run's `metrics.jsonl`; a last line torn by a crash is left out.
 
     Raises:
-      UserError: another line is no row, or the file cannot be read.
+      UserError: another line is no row.
     """
     try:
         lines = (workdir / METRICS).read_text(errors='replace').splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise UserError(f'workdir={str(workdir)!r}: {METRICS} cannot be read ({error.strerror})') from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -52,74 +49,44 @@ class MetricsLog:
     def __init__(self, workdir: Path, from_step: int, active: bool = True):
         self._path, self._active = workdir / METRICS, active
         self.rows: list[Row] = []
-        self._waiting: list[str] = []  # lines that the disk did not take yet
+        self._warned = False
         if not active:
             return
-        from tensorboardX import SummaryWriter
-
         self.rows = [row for row in read_rows(workdir) if row['step'] <= from_step]
         write_atomically(self._path, ''.join(json.dumps(row) + '\n' for row in self.rows))
-        self._file = open(self._path, 'ab', buffering=0)
-        self._size = self._file.seek(0, os.SEEK_END)
-        self._events = SummaryWriter(str(workdir), purge_step=from_step + 1)
+        self._file = Growing(self._path)
+        self._events = Growing(workdir / events.file_name())
+        self._events.append(events.beginning(from_step))
 
     def splits_at(self, step: int) -> list[str]:
         """Returns of which splits the row after `step` updates is written."""
         return [row['split'] for row in self.rows if row['step'] == step]
 
+    def accuracy_at(self, step: int) -> float | None:
+        """Returns the accuracy on the eval split after `step` updates; None if it was not evaluated."""
+        found = [row['accuracy'] for row in self.rows if (row['split'], row['step']) == ('eval', step)]
+        return found[-1] if found else None
+
     def write(self, row: Row) -> None:
         self.rows.append(row)
-        if not self._active:
-            return
-        self._waiting.append(json.dumps(row, allow_nan=False) + '\n')
-        self._flush()
-        if self._events_live():
-            for name, value in row.items():
-                if name not in ('split', 'step') and math.isfinite(value):
-                    self._events.add_scalar(f'{row["split"]}/{name}', value, row['step'])
-
-    def _events_live(self) -> bool:
-        """Whether the thread that writes TensorBoard events runs: a full disk ends it, and the end does."""
-        worker = self._events.file_writer.event_writer._worker
-        return worker is not None and worker.is_alive()
-
-    def _flush(self) -> bool:
-        """Writes the lines that wait; False if the disk does not take them."""
-        data = ''.join(self._waiting).encode()
-        try:
-            if not self._path.exists():  # else the rows would go where nobody finds them
-                raise FileNotFoundError(f'{self._path} was removed while the run goes on')
-            while data:
-                data = data[self._file.write(data) :]
-        except OSError as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            with contextlib.suppress(OSError):
-                self._file.truncate(self._size)  # half a line
-                self._file.seek(self._size)
-            print(
-                f'warning: {self._path}: {error.strerror}; kept in memory, tried again later', file=sys.stderr
-            )
-            return False
-        self._size = self._file.seek(0, os.SEEK_END)
-        self._waiting.clear()
-        return True
+        if self._active:
+            self._warn_of(self._file.append((json.dumps(row, allow_nan=False) + '\n').encode()))
+            self._events.append(events.of_row(row))
 
     def sync(self) -> bool:
         """Returns True once every row is on disk; False if the disk does not take them."""
         if not self._active:
             return True
-        if not self._flush():
-            return False
-        os.fsync(self._file.fileno())
-        if self._events_live():
-            self._events.flush()
-        return True
+        problem = self._file.sync()
+        self._warn_of(problem)
+        return not problem
+
+    def _warn_of(self, problem: str) -> None:
+        if problem and not self._warned:  # once for as long as it lasts
+            print(f'warning: {self._path}: {problem}; kept in memory, tried again later', file=sys.stderr)
+        self._warned = bool(problem)
 
     def close(self) -> None:
         if self._active:
-            with contextlib.suppress(OSError):
-                self.sync()
             self._file.close()
-            if self._events_live():
-                self._events.close()
+            self._events.close()

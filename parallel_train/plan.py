@@ -56,6 +56,11 @@ class Plan:
         """Returns the learning rate once `step` updates are completed."""
         return rate_at(self.pieces, step)
 
+    @property
+    def compare_replicas_every(self) -> int:
+        """Steps between two comparisons. What one finds is seen at the next, so that nobody waits for it."""
+        return max(self.divergence_check_steps // 2, 1)
+
     def epoch_of(self, step: int) -> float:
         """Returns how many epochs `step` completed updates are."""
         return step / self.steps_per_epoch
@@ -70,7 +75,7 @@ class Plan:
             self.log_every_steps,
             self.eval_every_steps,
             self.checkpoint_every_steps,
-            self.divergence_check_steps,
+            self.compare_replicas_every,
         )
         return any(self.is_due(step, steps) for steps in every)
 
@@ -137,9 +142,9 @@ def make_plan(
             f'{config.learning_rate_scaling} scaling by {batch_size}/{config.reference_batch_size}'
         )
     pieces = schedule_pieces(config, peak, steps_per_epoch)
-    _check_countable('warmup_epochs', config.warmup_epochs, pieces[-1].begin, steps_per_epoch)
     warmup_steps = next((math.ceil(p.length) for p in pieces if p.shape == 'linear'), 0)
-    decay_steps = next((math.ceil(p.length) for p in pieces if p.shape == 'cosine'), 0)
+    _check_countable('warmup_epochs', config.warmup_epochs, warmup_steps, steps_per_epoch)
+    decay_steps = math.ceil(_decay_length(pieces))
     boundaries = [math.ceil(piece.begin) for piece in pieces[1:]]
     marks = sorted({0, *boundaries, num_steps - 1, num_steps})
     return Plan(
@@ -172,6 +177,14 @@ def make_plan(
         warnings=_warnings(config, pieces, steps_per_epoch, num_steps),
         pieces=pieces,
     )
+
+
+def _decay_length(pieces: tuple[Piece, ...]) -> float:
+    """Returns how many steps lie between the end of the warmup and the last change of the rate."""
+    after_warmup = [piece for piece in pieces if piece.shape != 'linear']
+    if after_warmup[-1].shape == 'cosine':
+        return after_warmup[-1].length
+    return after_warmup[-1].begin - after_warmup[0].begin
 
 
 def _check_countable(field: str, epochs: float, steps: float, steps_per_epoch: int) -> None:
@@ -249,7 +262,13 @@ def _warnings(config: Any, pieces: Iterable[Piece], steps_per_epoch: int, num_st
     warnings = []
     last = list(pieces)[-1]
     final = rate_at(tuple(pieces), num_steps - 1)
-    if last.shape == 'cosine' and num_steps <= last.begin:
+    if config.schedule == 'steps' and num_steps <= last.begin:
+        warnings.append(
+            f'TRAINING ENDS BEFORE THE LAST DECAY: its {num_steps} steps (num_epochs={config.num_epochs:g}) '
+            f'end before step {last.begin:g}, from which on the rate would be {last.start:.6g}; training '
+            f'ends at rate {final:.6g}.'
+        )
+    elif last.shape == 'cosine' and num_steps <= last.begin:
         warnings.append(
             f'TRAINING ENDS INSIDE THE WARMUP: its {num_steps} steps (num_epochs={config.num_epochs:g}) end '
             f'before the {last.begin:g} of the warmup do, so the peak rate is never used; '

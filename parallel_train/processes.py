@@ -134,6 +134,28 @@ def share(value: Callable[[], Any], timeout: float = START_TIMEOUT) -> Any:
     return json.loads(store.blocking_key_value_get(key, int(timeout * 1000)))
 
 
+def gather(topic: str, value: Any, timeout: float = START_TIMEOUT) -> list[Any]:
+    """Returns on every process what each gives for a topic (as JSON can hold it), by their numbers.
+
+    Every process calls it, each topic once.
+
+    Raises:
+      UserError: names the process that did not answer in time.
+    """
+    store = client()
+    if store is None:
+        return [value]
+    store.key_value_set(f'parallel_train/gather/{topic}/{index()}', json.dumps(value))
+    values = []
+    for process in range(count()):
+        key = f'parallel_train/gather/{topic}/{process}'
+        try:
+            values.append(json.loads(store.blocking_key_value_get(key, int(timeout * 1000))))
+        except Exception as error:  # a time-out, of jaxlib's own kind
+            raise UserError(f'process {process}: did not answer ({topic}) within {timeout:g} s') from error
+    return values
+
+
 def agree(
     check: Callable[[], Checked], facts: Callable[[Checked], dict[str, Any]], timeout: float
 ) -> Checked:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from parallel_train import processes
 from parallel_train.errors import Diverged
 from parallel_train.metrics import MetricsLog
 from parallel_train.plan import Plan
@@ -122,7 +123,7 @@ class Recorder:
         self._check({'skipped': float(state.skipped)}, int(state.step))
         if not bool(_all_finite((state.params, state.opt_state, state.batch_stats))):
             raise Diverged(f'training diverged: the state after step {int(state.step)} is not finite')
-        return self._log.sync()
+        return bool(processes.share(self._log.sync))  # process 0 alone writes; all are to do the same
 
     def _check(self, sums: dict[str, float], step: int) -> None:
         skipped = round(sums['skipped'])

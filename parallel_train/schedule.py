@@ -62,17 +62,34 @@ def schedule_pieces(config: Any, base_learning_rate: float, steps_per_epoch: int
     kind = config.get('schedule', SCHEDULES[0])
     if kind == 'constant':
         return (Piece('constant', 0, math.inf, base_learning_rate, base_learning_rate),)
-    if kind != 'cosine':
+    if kind not in SCHEDULES:
         raise UserError(f'config.schedule={kind!r}: must be one of: {", ".join(SCHEDULES)}')
     warmup = epochs_to_steps(config.warmup_epochs, steps_per_epoch)
-    # The guide's clamp: the cosine takes at least one epoch, even where the run ends before it does.
-    cosine_epochs = max(config.num_epochs - config.warmup_epochs, 1)
-    decay = epochs_to_steps(cosine_epochs, steps_per_epoch)
-    pieces = (
-        Piece('linear', 0, warmup, 0.0, base_learning_rate),
-        Piece('cosine', warmup, decay, base_learning_rate, 0.0),
-    )
+    start = config.get('warmup_learning_rate', 0.0)
+    ramp = Piece('linear', 0, warmup, start, base_learning_rate)
+    if kind == 'steps':
+        pieces = (ramp, *_steps(config, base_learning_rate, steps_per_epoch, warmup))
+    else:
+        # The guide's clamp: the cosine takes at least one epoch, even where the run ends before it does.
+        cosine_epochs = max(config.num_epochs - config.warmup_epochs, 1)
+        decay = epochs_to_steps(cosine_epochs, steps_per_epoch)
+        pieces = (ramp, Piece('cosine', warmup, decay, base_learning_rate, 0.0))
     return tuple(piece for piece in pieces if piece.length > 0)
+
+
+def _steps(config: Any, rate: float, steps_per_epoch: int, begin: float) -> list[Piece]:
+    """Returns the rates between `decay_epochs` from step `begin` on, as constant pieces."""
+    if config.decay_epochs and config.decay_epochs[0] < config.warmup_epochs:
+        raise UserError(
+            f'config.decay_epochs={tuple(config.decay_epochs)}: the first comes before the warmup ends; '
+            f'it must be at least warmup_epochs={config.warmup_epochs:g}'
+        )
+    marks = [begin, *(epochs_to_steps(e, steps_per_epoch) for e in config.decay_epochs), math.inf]
+    rates = [rate * config.decay_factor**i for i in range(len(marks) - 1)]
+    return [
+        Piece('constant', start, end - start, value, value)
+        for start, end, value in zip(marks, marks[1:], rates, strict=False)
+    ]
 
 
 def rate_at(pieces: Sequence[Piece], step: float) -> float:
@@ -87,12 +104,13 @@ def rate_at(pieces: Sequence[Piece], step: float) -> float:
 def create_learning_rate_fn(config: Any, base_learning_rate: float, steps_per_epoch: int) -> optax.Schedule:
     """Creates the learning-rate schedule, as the function of this name in Flax's guide does.
 
-    Linear warmup from 0 over `warmup_epochs * steps_per_epoch` updates, then a cosine to 0 over
-    `max(num_epochs - warmup_epochs, 1) * steps_per_epoch`, joined where the first ends.
-    `schedule='constant'` gives `base_learning_rate` at every step, without warmup.
+    Linear warmup from `warmup_learning_rate` (0) over `warmup_epochs * steps_per_epoch` updates, then a
+    cosine to 0 over `max(num_epochs - warmup_epochs, 1) * steps_per_epoch`, joined where the first ends.
+    `schedule='steps'` has instead of the cosine a constant rate that is multiplied by `decay_factor` after
+    each of `decay_epochs`; `schedule='constant'` gives `base_learning_rate` at every step, without warmup.
 
     Args:
-      config: has `num_epochs`, `warmup_epochs` (floats allowed) and, optionally, `schedule`.
+      config: has `num_epochs`, `warmup_epochs` (floats allowed) and, optionally, the other fields.
       base_learning_rate: the peak rate.
       steps_per_epoch: optimizer updates in an epoch.
 

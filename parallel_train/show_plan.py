@@ -58,10 +58,13 @@ def _schedule_rows(plan: Plan, config: Any) -> list[tuple[str, str]]:
     for piece, begin, end in zip(plan.pieces, edges, edges[1:], strict=False):
         name = {'linear': 'warmup', 'cosine': 'cosine', 'constant': 'constant'}[piece.shape]
         last = end if end < plan.num_steps else end - 1
+        rates = f'{piece.rate(begin):.6g}'
+        if piece.shape != 'constant':
+            rates += f' to {piece.rate(last):.6g}'
         rows.append((
             name,
-            f'steps {begin:,} to {end:,} (epochs {plan.epoch_of(begin):g} to {plan.epoch_of(end):g}), '
-            f'rate {plan.rate(begin):.6g} to {plan.rate(last):.6g}',
+            f'steps {begin:,} to {end:,} (epochs {plan.epoch_of(begin):.4g} to {plan.epoch_of(end):.4g}), '
+            f'rate {rates}',
         ))  # fmt: skip
     rows.append(('last update', f'step {plan.num_steps:,}, rate {plan.final_learning_rate:.6g}'))
     return rows

@@ -48,7 +48,7 @@ def zero_sums() -> dict[str, jax.Array]:
 def create_model(config: Any) -> nn.Module:
     """Returns the Linen module that `config.model` names.
 
-    The class is called with `num_classes=config.num_classes` where it has such a field.
+    The class is called with `num_classes` and `dtype` of the config where it has such fields.
 
     Raises:
       UserError: it cannot be imported, or gives no Linen module.
@@ -57,10 +57,12 @@ def create_model(config: Any) -> nn.Module:
     factory = config_lib.import_object('model', path)
     if not callable(factory):
         raise UserError(f'config.model={config.model!r}: must name a Linen module class')
-    takes_classes = 'num_classes' in inspect.signature(factory).parameters
-    classes = config.num_classes or GUIDE_NUM_CLASSES
+    known = {'num_classes': config.num_classes or GUIDE_NUM_CLASSES, 'dtype': jnp.dtype(config.dtype)}
+    fields = {name: value for name, value in known.items() if name in inspect.signature(factory).parameters}
+    if 'dtype' not in fields and config.dtype != 'float32':
+        raise UserError(f'config.dtype={config.dtype!r}: {config.model} has no field dtype; use float32')
     try:
-        model = factory(num_classes=classes) if takes_classes else factory()
+        model = factory(**fields)
     except TypeError as error:
         raise UserError(
             f'config.model={config.model!r}: cannot be made without other arguments ({error}); give its '
@@ -87,9 +89,16 @@ def create_optimizer(config: Any, learning_rate_fn: Any) -> optax.GradientTransf
     """Returns the optax optimizer that the config describes, on the given schedule (or rate).
 
     SGD as in the guide: `optax.sgd(learning_rate_fn, momentum)`. Weight decay is L2, added to the
-    gradient before the momentum (decoupled for adamw), of arrays of two dimensions and more.
+    gradient before the momentum (decoupled for adamw), of arrays of two dimensions and more. Clipping
+    comes first, by the norm of the whole gradient.
     """
+    rule = _update_rule(config, learning_rate_fn)
+    if not config.gradient_clip_norm:
+        return rule
+    return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), rule)
 
+
+def _update_rule(config: Any, learning_rate_fn: Any) -> optax.GradientTransformation:
     def kernels(params: Any) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 

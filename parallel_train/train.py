@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -135,7 +136,8 @@ def train_epoch(state: TrainState, run: Run) -> TrainState:
         run.pace.after(state, run.step)
         state = do_what_is_due(state, run)
         if run.must_stop():
-            stop(state, run)
+            with explained(state, run):
+                stop(state, run)
     return state
 
 
@@ -155,12 +157,11 @@ def do_what_is_due(state: TrainState, run: Run) -> TrainState:
     """
     plan, step = run.plan, run.step
     there = run.done_before if step == run.start else []
-    try:
+    with explained(state, run):
         if plan.is_due(step, plan.log_every_steps) and 'train' not in there:
             state = run.recorder.log(state, step, run.feed.wait_seconds)
-        if plan.is_due(step, plan.divergence_check_steps):
+        if plan.is_due(step, plan.compare_replicas_every):
             run.replicas.check(state, step)
-        evaluation = None
         if plan.is_due(step, plan.eval_every_steps) and 'eval' not in there:
             jax.block_until_ready(state)  # else the evaluation would be charged for steps under way
             with run.clock.timed('eval'):
@@ -170,13 +171,11 @@ def do_what_is_due(state: TrainState, run: Run) -> TrainState:
             run.recorder.evaluated(step, evaluation)
             run.restart_interval()
         if plan.is_due(step, plan.checkpoint_every_steps) or run.save_asked:
-            save(state, run, evaluation)
-    except Diverged as error:
-        raise Diverged(explain(error, state, run)) from None
+            save(state, run)
     return state
 
 
-def save(state: TrainState, run: Run, evaluation: dict[str, float] | None) -> None:
+def save(state: TrainState, run: Run) -> None:
     """Starts to save a state that is known to be good: its rows on disk, finite, alike on all devices."""
     run.save_asked = False
     if run.checkpoints.latest_step() == run.step:
@@ -185,25 +184,34 @@ def save(state: TrainState, run: Run, evaluation: dict[str, float] | None) -> No
         run.replicas.check(state, run.step)
         run.replicas.settle()
         with run.clock.timed('save'):
-            run.checkpoints.save(run.step, state, evaluation)
+            run.checkpoints.save(run.step, state, run.log.accuracy_at(run.step))
     run.restart_interval()
 
 
 def save_for_good(state: TrainState, run: Run) -> None:
     """Returns once the state is on disk; a disk that did not take it gets a second chance."""
     if not run.checkpoints.wait() or run.checkpoints.latest_step() != run.step:
-        save(state, run, None)
+        save(state, run)
         if not run.checkpoints.wait() or run.checkpoints.latest_step() != run.step:
             raise OSError(f'the checkpoint of step {run.step} could not be written; see the warnings above')
 
 
 def stop(state: TrainState, run: Run) -> NoReturn:
     """Saves and ends the run, at the same step on every process."""
-    save(state, run, None)
+    save(state, run)
     save_for_good(state, run)
     raise Preempted(
         f'stopped at step {run.step:,} of {run.plan.num_steps:,}, saved; the same command goes on from there'
     )
+
+
+@contextlib.contextmanager
+def explained(state: TrainState, run: Run) -> Iterator[None]:
+    """Says of a divergence that is noticed within where it came from."""
+    try:
+        yield
+    except Diverged as error:
+        raise Diverged(explain(error, state, run)) from None
 
 
 def explain(error: Diverged, state: TrainState, run: Run) -> str:
@@ -213,9 +221,9 @@ def explain(error: Diverged, state: TrainState, run: Run) -> str:
         where = f'; {diagnose(state, run.config, run.plan, run.train_split)}'
     run.checkpoints.wait()
     last = run.checkpoints.latest_step()
-    stands = f'checkpoint {last} stands' if last else 'there is no checkpoint yet'
+    stands = f'the checkpoint of step {last} stands' if last else 'no checkpoint was made yet'
     return (
-        f'{error}{where}. {stands[0].upper()}{stands[1:]}. Lower config.learning_rate or lengthen '
+        f'{error}{where}; {stands}. Lower config.learning_rate or lengthen '
         'config.warmup_epochs, and use a new workdir; or leave out a few such steps: --skip_nonfinite=N'
     )
 

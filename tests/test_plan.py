@@ -139,7 +139,7 @@ def test_clamped_decay_is_said_loudly() -> None:
         ({'batch_size': 60, 'shards': 8}, 4, ['batch_size=60', 'shards=8', '56, 64']),
         ({'batch_size': 50, 'shards': 8}, 4, ['batch_size=50', '4 × 1', 'shards=8', '48, 56']),
         ({'batch_size': 1203, 'shards': 32}, 1, ['batch_size=1203', 'nearest that is: 1184']),
-        ({'num_epochs': 1e300}, 1, ['num_epochs=1e+300', '2**31']),
+        ({'num_epochs': 1e300}, 1, ['num_epochs=1e+300', 'less than 2.14748e+09']),
         ({'batch_size': 2400}, 1, ['batch_size=2400', '1200 examples']),
         ({'num_epochs': 0.1}, 1, ['num_epochs=0.1', 'at least 0.2']),
         ({'num_epochs': 0}, 1, ['num_epochs=0', 'greater than 0']),
@@ -150,6 +150,9 @@ def test_clamped_decay_is_said_loudly() -> None:
         ({'batch_size': 0}, 1, ['batch_size=0']),
         ({'batch_size': True}, 1, ['batch_size=True']),
         ({'schedule': 'cosin'}, 1, ["schedule='cosin'", 'did you mean cosine?']),
+        ({'schedule': 'steps', 'decay_epochs': (1.0,), 'warmup_epochs': 2}, 1, ['decay_epochs=(1.0,)', '2']),
+        ({'decay_epochs': (3.0, 2.0)}, 1, ['decay_epochs=(3.0, 2.0)', 'rising order']),
+        ({'dtype': 'float16'}, 1, ["dtype='float16'", 'float32, bfloat16']),
         ({'optimizer': 'sgdd'}, 1, ["optimizer='sgdd'", 'sgd, adamw']),
         ({'batchsize': 3}, 1, ['config.batchsize', 'did you mean batch_size?']),
     ],
@@ -159,6 +162,25 @@ def test_what_does_not_fit(fields: dict[str, Any], devices: int, parts: list[str
         make_plan(config(**fields), 1200, 100, devices)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_step_decay_after_a_warmup_from_the_reference_rate() -> None:
+    """Goyal et al. 2017 in small: 5 steps an epoch, one of warmup from 0.1, decays after 3 and 4 epochs."""
+    steps = config(
+        schedule='steps', num_epochs=5, warmup_epochs=1, learning_rate=0.1, batch_size=960,
+        learning_rate_scaling='linear', reference_batch_size=240, warmup_learning_rate=0.1,
+        decay_epochs=(3.0, 4.0), decay_factor=0.5,
+    )  # fmt: skip
+    plan = make_plan(steps, 4800, 100, 1)
+    expected = [0.1, 0.16, 0.22, 0.28, 0.34] + 10 * [0.4] + 5 * [0.2] + 5 * [0.1]
+    assert [plan.rate(step) for step in range(25)] == pytest.approx(expected)
+    assert (plan.boundaries, plan.warmup_steps, plan.decay_steps) == ([5, 15, 20], 5, 15)
+    assert plan.peak_learning_rate == 0.4 and plan.final_learning_rate == pytest.approx(0.1)
+    assert plan.warnings == []
+    rate = create_learning_rate_fn(steps, 0.4, 5)
+    assert [float(rate(step)) for step in range(25)] == pytest.approx(expected)
+    short = make_plan(config(**{**steps.to_dict(), 'num_epochs': 4.0}), 4800, 100, 1)
+    assert len(short.warnings) == 1 and 'BEFORE THE LAST DECAY' in short.warnings[0]
 
 
 def test_empty_splits_do_not_fit() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from parallel_train.models.conv import conv_general_dilated
 
@@ -11,20 +15,25 @@ from parallel_train.models.conv import conv_general_dilated
 class CNN(nn.Module):
     """Two convolutions with average pooling, two dense layers: 824,458 parameters for 28×28×1.
 
-    Takes float32 images [batch, height, width, channels], returns logits [batch, num_classes].
+    Takes float32 images [batch, height, width, channels], returns float32 logits [batch, num_classes].
+    `dtype` is that of the layers before the last; parameters are float32.
     """
 
     num_classes: int = 10
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = nn.Conv(features=32, kernel_size=(3, 3), conv_general_dilated=conv_general_dilated)(x)
+        conv = functools.partial(
+            nn.Conv, kernel_size=(3, 3), dtype=self.dtype, conv_general_dilated=conv_general_dilated
+        )
+        x = conv(features=32)(x)
         x = nn.relu(x)
         x = nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
-        x = nn.Conv(features=64, kernel_size=(3, 3), conv_general_dilated=conv_general_dilated)(x)
+        x = conv(features=64)(x)
         x = nn.relu(x)
         x = nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
         x = x.reshape((x.shape[0], -1))
-        x = nn.Dense(features=256)(x)
+        x = nn.Dense(features=256, dtype=self.dtype)(x)
         x = nn.relu(x)
-        return nn.Dense(features=self.num_classes)(x)
+        return nn.Dense(features=self.num_classes)(x.astype(jnp.float32))

@@ -1,0 +1,156 @@
+"""The built-in models have the sizes of their papers, and one dtype decides what they compute in."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from parallel_train import UserError, start_devices
+from parallel_train import config as config_lib
+from parallel_train.models.vit import sin_cos_positions
+from parallel_train.state import abstract_state, create_model, eval_flags, takes_train
+from parallel_train.step import check_model_and_loss
+
+start_devices(8)
+
+FLOAT32 = jnp.dtype('float32')
+IMAGENET = ((224, 224, 3), 1000)
+CIFAR = ((32, 32, 3), 10)
+FASHION = ((28, 28, 1), 10)
+# Counts of torchvision (ResNets), of the paper's model for CIFAR-10 (WRN), of the guide (CNN). ViT-S/16
+# without class token (384) and learned positions (197 × 384): 76,032 fewer than the original's.
+SIZES = {
+    'cnn': (FASHION, 824_458),
+    'resnet18': (IMAGENET, 11_689_512),
+    'resnet50': (IMAGENET, 25_557_032),
+    'wide_resnet_28_10': (CIFAR, 36_479_194),
+    'vit_s16': (IMAGENET, 22_050_664 - 384 - 197 * 384),
+}
+
+
+def make_config(model: str, dtype: str = 'float32', data: Any = IMAGENET) -> Any:
+    shape, classes = data
+    return config_lib.complete(
+        config_lib.Config({'model': model, 'dtype': dtype, 'input_shape': shape, 'num_classes': classes})
+    )
+
+
+def products(jaxpr: Any) -> list[Any]:
+    """Returns the equations of a program, nested ones too, that are convolutions or matrix products."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ('conv_general_dilated', 'dot_general'):
+            found.append(equation)
+        for parameter in equation.params.values():
+            if hasattr(parameter, 'jaxpr'):
+                found += products(parameter.jaxpr)
+    return found
+
+
+@pytest.mark.parametrize('model', SIZES)
+def test_parameter_counts(model: str) -> None:
+    data, count = SIZES[model]
+    params = abstract_state(make_config(model, data=data), 0.1).params
+    assert sum(math.prod(p.shape) for p in jax.tree.leaves(params)) == count
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('model', config_lib.BUILT_IN_MODELS)
+def test_dtype_is_that_of_products_alone(model: str, dtype: str) -> None:
+    """Parameters, statistics, gradients and logits are float32; the products are what the config says."""
+    config = make_config(model, dtype, SIZES.get(model, (FASHION, 0))[0])
+    check_model_and_loss(config)
+    state, module = abstract_state(config, 0.1), create_model(config)
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    assert {x.dtype for x in jax.tree.leaves((variables, state.opt_state)) if x.ndim} == {FLOAT32}
+    images = jax.ShapeDtypeStruct((2, *config.input_shape), jnp.float32)
+
+    def apply(variables: Any, images: jax.Array) -> jax.Array:
+        return module.apply(variables, images, **eval_flags(module))
+
+    assert jax.eval_shape(apply, variables, images).dtype == FLOAT32
+    found = products(jax.make_jaxpr(apply)(variables, images).jaxpr)
+    *before, head = [
+        equation.invars[0].aval.dtype for equation in found
+    ]  # the last layer gives the logits, in float32
+    assert head == FLOAT32 and len(before) >= 3 and set(before) == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize('model', ['resnet18', 'vit_s16'])
+def test_bfloat16_computes_about_the_same(model: str) -> None:
+    config = {dtype: make_config(model, dtype, CIFAR) for dtype in ('float32', 'bfloat16')}
+    images = jax.random.uniform(jax.random.key(1), (4, 32, 32, 3))
+    models = {dtype: create_model(c) for dtype, c in config.items()}
+    flags = {'train': True} if takes_train(models['float32']) else {}
+
+    @jax.jit
+    def all_logits(key: jax.Array) -> dict[str, jax.Array]:
+        variables = dict(models['float32'].init(key, images, **flags))
+        # The head of ViT and the last scales of the blocks start at 0, which would hide most of the model.
+        variables['params'] = jax.tree.map(lambda p: jnp.where(p.any(), p, 0.1), variables['params'])
+        return {
+            dtype: m.apply(variables, images, **flags, mutable=['batch_stats'])[0]
+            for dtype, m in models.items()
+        }
+
+    logits = all_logits(jax.random.key(0))
+    exact = logits['float32']
+    assert float(jnp.std(exact)) > 0
+    # bfloat16 keeps 8 bits: a relative 2^-8 a layer, over tens of layers, in the norm of the logits.
+    difference = jnp.linalg.norm(exact - logits['bfloat16']) / jnp.linalg.norm(exact)
+    assert 0 < float(difference) < 0.1
+
+
+def test_a_block_of_resnet50_starts_as_the_identity() -> None:
+    """Goyal et al. 2017, section 5.1: the last BatchNorm scale of each block is 0 at first."""
+    module = create_model(make_config('resnet50', data=CIFAR))
+
+    @jax.jit
+    def scales(key: jax.Array) -> dict[str, dict[str, jax.Array]]:
+        params = module.init(key, jnp.ones((1, 32, 32, 3)))['params']
+        blocks = {name: block for name, block in params.items() if name.startswith('BottleneckBlock')}
+        return {
+            name: {norm: block[norm]['scale'] for norm in block if norm.startswith('BatchNorm')}
+            for name, block in blocks.items()
+        }
+
+    blocks = scales(jax.random.key(0))
+    assert len(blocks) == 3 + 4 + 6 + 3
+    for block in blocks.values():
+        assert not np.any(block['BatchNorm_2'])
+        assert all(np.all(block[name] == 1) for name in ('BatchNorm_0', 'BatchNorm_1'))
+
+
+def test_the_stride_of_a_bottleneck_is_in_its_3x3() -> None:
+    """Version 1.5: 4.09 GMAC an image (torchvision), where the stride in the 1×1 gives 3.8."""
+    config = make_config('resnet50')
+    module, state = create_model(config), abstract_state(config, 0.1)
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda v, x: module.apply(v, x, train=False))(variables, images).jaxpr
+    multiplications = 0
+    for equation in products(jaxpr):
+        if equation.primitive.name == 'conv_general_dilated':
+            kernel = equation.invars[1].aval.shape  # height, width, in, out
+            places = equation.outvars[0].aval.shape[1:3]
+            multiplications += math.prod(kernel) * math.prod(places)
+    assert multiplications + 2048 * 1000 == 4_089_184_256
+
+
+def test_positions_are_those_of_the_paper() -> None:
+    positions = sin_cos_positions(2, 3, 8)
+    assert positions.shape == (6, 8) and positions.dtype == np.float32
+    # Row 1, column 2, by hand: wavelengths 2π and 2π·10,000.
+    expected = [math.sin(2), math.sin(2e-4), math.cos(2), math.cos(2e-4)]
+    expected += [math.sin(1), math.sin(1e-4), math.cos(1), math.cos(1e-4)]
+    np.testing.assert_allclose(positions[5], expected, rtol=1e-6)
+
+
+def test_a_model_without_dtype_is_not_silently_float32() -> None:
+    with pytest.raises(UserError, match=r"config.dtype='bfloat16'.*no field dtype"):
+        create_model(make_config('tests.models_for_tests:Linear', 'bfloat16', FASHION))
