@@ -93,20 +93,21 @@ def test_a_death_and_a_restart_change_no_bit(
     assert_same_bits(workdir, alone)
 
 
-def test_a_death_ends_the_rest_at_once(long_job: Job, supervise: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize('victim', [0, 1])  # with the coordinator, and without
+def test_a_death_ends_the_rest_at_once(victim: int, long_job: Job, supervise: Start, tmp_path: Path) -> None:
     workdir = tmp_path / 'run'
     supervisor = supervise(long_job, workdir)
     supervisor.wait_until(saved(workdir, 6))
-    others = supervisor.processes()
-    others[1].kill()
+    processes = supervisor.processes()
+    processes[victim].kill()
     since = time.monotonic()
     result = supervisor.result()
     seconds = time.monotonic() - since
     assert result.code == 128 + signal.SIGKILL, result
     assert seconds < 30, seconds  # without the supervisor: --heartbeat_timeout, 60 s
-    assert not others[0].is_running()
+    assert not any(process.is_running() for process in processes.values())
     last = result.stderr[result.stderr.rindex('[local]') :]
-    assert last.startswith('[local] process 1 was killed by SIGKILL'), last
+    assert last.startswith(f'[local] process {victim} was killed by SIGKILL'), last
     assert 'starting again' not in result.stderr
 
 
