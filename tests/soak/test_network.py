@@ -28,6 +28,7 @@ from tests.test_processes import (  # noqa: F401, fixtures
 
 # ruff: noqa: F811, fixtures again
 PORT = 23456
+MOMENT = 2  # seconds; TCP sends again after 3, well before HEARTBEAT
 ETC = Path('/etc/netns')
 
 
@@ -134,11 +135,35 @@ def test_the_link_is_cut_and_mended(tree_job: Job, alone: Path, hosts: list[Host
     assert f'resuming from step {kept} of {NUM_STEPS}' in results[0].stdout
     assert_same_bits(workdir, alone)
     print(
-        f'\nlink cut {cut - began:.1f} s after the start, at step {kept} or later: the processes ended after '
-        f'{ends[0]:.1f} and {ends[1]:.1f} s (heartbeat_timeout {HEARTBEAT} s), each naming the other; mended '
-        f'and started again, the job resumed from step {kept} and ended {time.monotonic() - mended:.1f} s '
+        f'\n1 fault, survived: link cut {cut - began:.1f} s after the start, at step {kept} or later: the '
+        f'processes ended after {ends[0]:.1f} and {ends[1]:.1f} s (heartbeat_timeout {HEARTBEAT} s), each '
+        f'naming the other; mended and started again, the job resumed from step {kept} and ended '
+        f'{time.monotonic() - mended:.1f} s '
         'later, the final checkpoint and metrics.jsonl as without the fault'
     )
+
+
+@pytest.mark.slow
+def test_a_link_that_is_cut_for_a_moment_ends_nothing(
+    tree_job: Job, alone: Path, hosts: list[Host], tmp_path: Path
+) -> None:
+    workdir = tmp_path / 'run'
+    processes = start(tree_job, hosts, workdir, tmp_path / 'job')
+    try:
+        processes.wait_until(saved(workdir, 12))
+        ip('-n', hosts[0].name, 'link', 'set', hosts[0].card, 'down')
+        before = checkpoint_steps(workdir)
+        time.sleep(MOMENT)
+        ip('-n', hosts[0].name, 'link', 'set', hosts[0].card, 'up')
+        mended = time.monotonic()
+        processes.wait_until(lambda: checkpoint_steps(workdir) != before)
+        print(f'\nlink cut for {MOMENT} s: the next checkpoint {time.monotonic() - mended:.1f} s after')
+        results = processes.results()
+    finally:
+        processes.close()
+    assert [result.code for result in results] == [0, 0], results
+    assert 'resuming' not in results[0].stdout
+    assert_same_bits(workdir, alone)
 
 
 @pytest.mark.slow
