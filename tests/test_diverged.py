@@ -116,7 +116,9 @@ def linear_steps(skip: list[int]) -> dict[str, np.ndarray]:
 def linear_job(**fields: Any) -> Any:
     """Adam on the linear model of `linear_steps`."""
     adam = {'optimizer': 'adamw', 'momentum': 0.9, 'learning_rate': 1e-3}
-    return job('plain', loss='tests.faulty_models:bad_loss', **adam, **fields).copy_and_resolve_references()
+    config = job('plain', loss='tests.faulty_models:bad_loss', **adam, **fields)
+    config.model = 'tests.models_for_tests:Linear'
+    return config
 
 
 @pytest.mark.parametrize(('reduction', 'devices'), [('pmean', 2), ('tree', 4)])

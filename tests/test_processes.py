@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import pytest
 from tests.conftest import (
     NUM_STEPS,
     ROOT,
+    STEPS_PER_EPOCH,
     Job,
     Result,
     checkpoint_steps,
@@ -161,14 +163,22 @@ def test_two_processes_compute_what_one_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('processes', 'devices'), [(1, 2), (1, 4), (1, 8), (2, 2), (2, 8), (4, 4), (4, 8)])
-def test_all_device_and_process_counts(
-    processes: int, devices: int, tree_job: Job, alone: Path, start: Start, tmp_path: Path
+@pytest.mark.parametrize('model', ['cnn', 'own_models:Tiny'])
+def test_200_steps_on_all_device_and_process_counts(
+    model: str, tree_job: Job, start: Start, tmp_path: Path
 ) -> None:
-    assert [r.code for r in start(tree_job, tmp_path / 'run', processes, devices).results()] == [
-        0
-    ] * processes
-    assert_same_bits(tmp_path / 'run', alone)
+    """1, 2, 4 and 8 devices × 1, 2 and 4 processes, as far as each has a device."""
+    more = [f'--config.model={model}', '--config.num_epochs=8', '--config.checkpoint_every_epochs=0']
+    digests, rows = set(), []
+    for processes, devices in [(p, d) for p in (1, 2, 4) for d in (1, 2, 4, 8) if d >= p]:
+        workdir = tmp_path / f'{processes}x{devices}'
+        results = start(tree_job, workdir, processes, devices, *more).results(400)
+        assert [result.code for result in results] == [0] * processes, results
+        state = restore(workdir, 8 * STEPS_PER_EPOCH)
+        digests.add(hashlib.sha256(b''.join(state[name].tobytes() for name in sorted(state))).hexdigest())
+        rows.append(without_timing(read_rows(workdir)))
+    assert len(rows) == 9 and len(digests) == 1
+    assert all(other == rows[0] for other in rows)
 
 
 # ---------------------------------------------------------------- stopping and going on elsewhere
