@@ -61,7 +61,11 @@ def _open_manager(
         cleanup_tmp_directories=not read_only,
     )
     with _quiet_orbax():  # else it warns of what `read_only` means
-        return ocp.CheckpointManager(directory, options=options)
+        # With the handler named, Orbax does not tell from the first checkpoint that it meets, perhaps one
+        # whose deletion was cut short, how to read all of them.
+        return ocp.CheckpointManager(
+            directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
 
 
 @contextlib.contextmanager

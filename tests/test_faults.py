@@ -170,6 +170,31 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(
     assert_same_run(workdir, undisturbed)
 
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('broken', [1, 3])
+def test_a_checkpoint_without_its_arrays_spoils_no_other(broken: int, tmp_path: Path) -> None:
+    """A SIGKILL while an old one is deleted leaves such a part: from it nobody can tell what kind it was."""
+    from parallel_train import config as config_lib
+    from parallel_train import start_devices
+
+    start_devices(8)
+    from parallel_train.checkpoint import open_checkpoints
+    from parallel_train.mesh import make_mesh, replicated
+    from parallel_train.state import abstract_state, initialise
+
+    config = config_lib.with_dataset(config_lib.complete(config_lib.default_config()), (28, 28, 1), 10)
+    mesh, said = make_mesh(2), []
+    state = initialise(config, lambda _: 0.0, mesh)
+    with open_checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            assert checkpoints.save(step, state, None)
+    shutil.rmtree(tmp_path / 'checkpoints' / str(broken) / 'default')
+    with open_checkpoints(tmp_path, keep=3, say=said.append) as checkpoints:
+        found = checkpoints.restore_latest(abstract_state(config, lambda _: 0.0), replicated(mesh))
+        assert found is not None and checkpoints.latest_step() == (2 if broken == 3 else 3)
+    assert len(said) == (broken == 3)
+
+
 def test_nothing_is_changed_where_all_checkpoints_are_damaged(
     tiny_job: Job, undisturbed: Path, tmp_path: Path
 ) -> None:
