@@ -137,8 +137,9 @@ class Checkpoints:
           accuracy: on the eval split at this step, if it was evaluated.
 
         Returns:
-          False if the disk did not take it, or the one before: said, and to be tried again later.
+          False if the disk did not take it: said, and to be tried again later.
         """
+        self.wait()
         beside: dict[str, Any] = {_FINGERPRINTS: digest(state)}
         if accuracy is not None:
             beside[_ACCURACY] = self._accuracy[step] = accuracy
@@ -146,20 +147,24 @@ class Checkpoints:
             saving = self._manager.save(
                 step, args=ocp.args.StandardSave(saved_parts(state)), custom_metadata=beside, force=True
             )
-        except Exception as error:  # of many kinds, from Orbax and TensorStore; also of the save before
+        except Exception as error:  # of many kinds, from Orbax and TensorStore
             self._failed(step, error)
             return False
         assert saving, step
         return True
 
     def wait(self) -> bool:
-        """Waits until every save is on disk; False if the disk did not take the last one."""
+        """Waits until every save is on disk; False if the disk did not take the last one: said."""
+        problem: Exception | None = None
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            self._failed(self._manager.latest_step(), error)
-            return False
-        return True
+            problem = error
+        # Process 0 commits. What it could not is not there, whatever the others believe.
+        if processes.share(lambda: problem is None):
+            return True
+        self._failed(self._manager.latest_step(), problem or OSError('process 0 could not write it'))
+        return False
 
     def _failed(self, step: int | None, error: Exception) -> None:
         """Says that a save failed and makes its remains go, so that their space is free."""

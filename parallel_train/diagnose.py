@@ -103,7 +103,7 @@ def _bad_alone(forward: Forward, state: TrainState, batch: Batch, key: jax.Array
         return ~jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
 
     rows = np.asarray(jax.jit(lambda batch: jax.lax.map(bad, batch))(batch))
-    return rows if rows.any() else ~rows
+    return rows if rows.any() else np.ones_like(rows)
 
 
 def _first_bad(tree: Any) -> str:
