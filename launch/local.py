@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import selectors
 import signal
 import socket
@@ -31,6 +32,7 @@ PROGRAM = (sys.executable, '-m', 'parallel_train')
 OK, FAULT, USER_ERROR, DIVERGED, DOES_NOT_FIT, PREEMPTED = 0, 1, 2, 3, 4, 75
 FINAL = (USER_ERROR, DIVERGED, DOES_NOT_FIT)  # the same would come of another start
 FOLLOWS = (FAULT, 128 + signal.SIGABRT)  # what a process ends with when another one is gone
+TOLD = re.compile(rb'error: process (\d+) .*\bfailed: ')  # the last line of one that another has told to end
 GRACE = 5.0  # seconds from SIGTERM to SIGKILL for the others, once one has failed
 STRAGGLE = 60.0  # seconds that the others have to end, once one has saved and gone
 NUMBERS = {'processes': 1, 'devices_per_process': 1, 'max_restarts': 0}  # flag -> least value
@@ -151,6 +153,7 @@ class Supervisor:
     def start(self, options: Options, program: Sequence[str]) -> None:
         """Starts all processes. Raises OSError if the system has no room for them, and leaves none."""
         self.processes, self.ended = [], []
+        self._passed_on = 0
         self.failed_at = self.kill_at = None
         started: list[Process] = []
         try:
@@ -222,12 +225,19 @@ class Supervisor:
     def _cause(self) -> Process | None:
         """Returns the process whose end was no consequence of another's.
 
-        Exit codes of `FINAL` are a process's own verdict, however late it comes.
+        Exit codes of `FINAL` are a process's own verdict, however late it comes. A process that ends because
+        it was told of another's failure may be quicker than that one, but says so.
         """
         final = [process for process in self.ended if process.code in FINAL]
         faults = [p for p in self.ended if p.code not in (OK, PREEMPTED) and not p.asked_to_end]
         preempted = [process for process in self.ended if process.code == PREEMPTED]
-        return next(iter(final + faults + preempted), None)
+        first = next(iter(final + faults + preempted), None)
+        told = TOLD.match(first.last_errors[-1]) if first and first.last_errors else None
+        if told and int(told[1]) < len(self.processes):
+            other = self.processes[int(told[1])]
+            if other.code in (FAULT, *FINAL):
+                return other
+        return first
 
 
 def supervise(options: Options, program: Sequence[str]) -> int:

@@ -51,7 +51,7 @@ setup_environment() {
   fi
   echo "installing the pinned packages (once; about 2 GB)"
   (
-    cd -- "$root" # pip takes '.' however the folder is called
+    cd -- "$root" || exit # pip takes '.' however the folder is called
     "$python" -m pip install --quiet --disable-pip-version-check \
       --constraint constraints.txt --editable ".${extras:+[$extras]}"
   )

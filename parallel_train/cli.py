@@ -13,6 +13,7 @@ from absl import flags
 from parallel_train import commands
 from parallel_train import config as config_lib
 from parallel_train.errors import Diverged, DoesNotFit, UserError
+from parallel_train.files import expanded
 
 OK, FAULT, USER_ERROR, DIVERGED, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -57,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
         print(f'error: {error}', file=sys.stderr)
         return DOES_NOT_FIT
     except KeyboardInterrupt:
-        print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
+        goes_on = '; the same command goes on from the last checkpoint, if one was made'
+        print(f'interrupted{goes_on if argv[1] == "train" else ""}', file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output went away, as `| head` does
         sys.stderr.close()
@@ -116,7 +118,7 @@ def _parse(argv: list[str], known: Sequence[str]) -> tuple[Any, Any]:
         raise UserError(f'config={paths[-1]!r}: is given {len(paths)} times; give one file')
     overridden = [a for a in rest if a.lstrip('-').startswith(('config.', 'noconfig.'))]
     if paths:
-        path = commands.path_of('config', paths[0]) if paths[0] else ''
+        path = expanded('config', paths[0]) if paths[0] else ''
         config = config_lib.complete(config_lib.load(path))
         _check_overrides(overridden, config)
         from ml_collections import config_flags

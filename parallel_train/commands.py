@@ -11,6 +11,7 @@ from typing import Any
 from absl import flags
 
 from parallel_train.errors import DoesNotFit, UserError
+from parallel_train.files import expanded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +57,7 @@ def define_flags(values: flags.FlagValues, names: Sequence[str]) -> None:
 def _workdir(values: Any) -> Path:
     if not values.workdir:
         raise UserError('workdir: is missing; name a folder for the run, --workdir=DIR')
-    return path_of('workdir', values.workdir)
-
-
-def path_of(field: str, text: str) -> Path:
-    """Returns the path that a flag gives; shells leave the `~` of `--workdir=~/run` to the program."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise UserError(f'{field}={text!r}: {error}; write the path in full') from error
+    return expanded('workdir', values.workdir)
 
 
 def prepare(config: Any, values: Any) -> None:
@@ -72,7 +65,7 @@ def prepare(config: Any, values: Any) -> None:
     from parallel_train import prepare as prepare_lib
 
     data_dir = dataset.default_data_dir(values.data_dir)
-    source = path_of('from', values['from'].value) if values['from'].value else None
+    source = expanded('from', values['from'].value) if values['from'].value else None
     prepare_lib.prepare(config.dataset, data_dir, source)
     for split in dict.fromkeys((config.train_split, config.eval_split)):
         examples = dataset.load_split(config.dataset, split, data_dir)

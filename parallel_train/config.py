@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import numbers
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from ml_collections import config_dict
 from parallel_train.errors import UserError
 
 Config: TypeAlias = config_dict.ConfigDict
+
+_IMPORT_PATH = re.compile(r'\w+(\.\w+)*:\w+')
 
 BUILT_IN_MODELS = {
     'cnn': 'parallel_train.models.cnn:CNN',
@@ -65,7 +68,7 @@ def _name_or_import_path(built_in: Sequence[str]) -> Callable[[Any], str | None]
     def check(value: Any) -> str | None:
         if value in built_in:
             return None
-        if isinstance(value, str) and ':' in value:
+        if isinstance(value, str) and _IMPORT_PATH.fullmatch(value):
             return None
         return (
             f'must be one of: {", ".join(built_in)}, or an import path '

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import re
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from parallel_train.config import import_object, nearest
 from parallel_train.decode import image_shape
 from parallel_train.decoded import load_decoded
 from parallel_train.errors import UserError
+from parallel_train.files import expanded
 from parallel_train.prepared import Features, Prepared, find_prepared, parse_features, parse_name
 
 _IMPORT_PATH = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*$')
@@ -146,7 +148,7 @@ def not_prepared(name: str, data_dir: Path) -> UserError:
     check_known(name)
     return UserError(
         f'dataset={name!r} is not prepared in data_dir={data_dir}: run '
-        f'`python -m parallel_train prepare --config=... --data_dir={data_dir}`'
+        f'`python -m parallel_train prepare --config=... --data_dir={shlex.quote(str(data_dir))}`'
     )
 
 
@@ -296,8 +298,4 @@ def _check_labels(name: str, split: str, labels: np.ndarray, num_classes: int) -
 
 def default_data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
     """Returns `data_dir`, or where TFDS keeps datasets by default if it is None."""
-    path = Path(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise UserError(f'data_dir={str(path)!r}: {error}; name a folder, --data_dir=DIR') from error
+    return expanded('data_dir', data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')

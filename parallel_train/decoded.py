@@ -18,8 +18,7 @@ import numpy as np
 
 from parallel_train import machine
 from parallel_train.decode import decode_in_memory, decode_to_files, image_shape
-from parallel_train.errors import UserError
-from parallel_train.files import exclusive, sync
+from parallel_train.files import check_room, exclusive, sync
 from parallel_train.prepared import Prepared, unreadable
 
 _EDGE = 2**17  # bytes: two blocks of an ArrayRecord file, which ends with where its records lie
@@ -47,12 +46,7 @@ def load_decoded(prepared: Prepared, split: str) -> Arrays:
     needed = int(np.prod(shape)) + shape[0] * np.int32().nbytes
     reason = _obstacle(own)
     if not reason:
-        free = shutil.disk_usage(own).free
-        if needed > free:
-            raise UserError(
-                f'decoding {prepared.name} {split!r} needs {needed / 1e9:.1f} GB in {own}, where '
-                f'{free / 1e9:.1f} GB are free: make room or choose another --data_dir'
-            )
+        check_room(f'decoding {prepared.name} {split!r}', own, needed)
         return _decode_once(own / name, prepared, split, shape, '')
     if not _obstacle(cache) and needed < shutil.disk_usage(cache).free:
         return _decode_once(cache / name, prepared, split, shape, f', as {reason}')

@@ -1,4 +1,4 @@
-"""How are files written so that nobody meets half of them, and is told early where they cannot be?"""
+"""Where may files be written, and how, so that nobody meets half of them?"""
 
 from __future__ import annotations
 
@@ -7,11 +7,26 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from parallel_train.errors import UserError
+
+
+def expanded(field: str, path: str | os.PathLike[str]) -> Path:
+    """Returns the path that a flag gives; shells leave the `~` of `--workdir=~/run` to the program.
+
+    Raises:
+      UserError: there is no such home; `field` is the flag's name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f'{field}={str(path)!r}: there is no such home folder; write the path in full'
+        ) from error
 
 
 def check_writable(field: str, folder: Path) -> None:
@@ -29,6 +44,16 @@ def check_writable(field: str, folder: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
     raise UserError(f'{field}={str(folder)!r}: cannot be written ({reason}); name another')
+
+
+def check_room(what: str, folder: Path, needed: int) -> None:
+    """Raises UserError if the disk of `folder` has fewer free bytes than the `needed` ones."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f'{what} needs {needed / 1e6:,.1f} MB in {folder}, where {free / 1e6:,.1f} MB are free: '
+            'make room or choose another --data_dir'
+        )
 
 
 @contextlib.contextmanager

@@ -19,12 +19,14 @@ def read_rows(workdir: Path) -> list[Row]:
     """Returns the rows of a run's `metrics.jsonl`; a last line torn by a crash is left out.
 
     Raises:
-      UserError: another line is no row.
+      UserError: another line is no row, or the file cannot be read.
     """
     try:
         lines = (workdir / METRICS).read_text(errors='replace').splitlines(keepends=True)
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(f'workdir={str(workdir)!r}: {METRICS} cannot be read ({error.strerror})') from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

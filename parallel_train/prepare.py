@@ -22,7 +22,7 @@ import numpy as np
 from parallel_train import debian, idx
 from parallel_train.dataset import check_known, is_import_path, tfds_builder
 from parallel_train.errors import UserError
-from parallel_train.files import check_writable, exclusive, sync
+from parallel_train.files import check_room, check_writable, exclusive, sync
 from parallel_train.prepared import CHECKSUMS, Prepared, find_prepared, parse_name
 
 # The sets that are published as four IDX files; TFDS builds all of them with one class.
@@ -81,6 +81,9 @@ def _obtain(name: str, data_dir: Path, source: Path | None, say: Callable[[str],
             part = Path(tempfile.mkdtemp(prefix=f'{prefix}-', suffix='.part', dir=data_dir))
             try:
                 if files is not None:
+                    # As PNG it takes a little less.
+                    raw = sum(images.nbytes for images, _ in files.splits.values())
+                    check_room(f'storing {name}', data_dir, raw)
                     say(f'{name}: storing {files.source} as a TFDS set')
                     _store_idx(name, files, part)
                 else:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, environment
+from tests.conftest import NUM_STEPS, ROOT, STEPS_PER_EPOCH, environment, read_rows
 
 pytestmark = pytest.mark.slow
 Submit = Callable[..., str]
@@ -28,7 +28,7 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge
+AuthInfo=socket={folder}/munge,cred_expire=5
 CredType=cred/munge
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
@@ -46,7 +46,7 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=5
 MinJobAge=3600
-SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,requeue_delay=1
+SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
@@ -259,11 +259,44 @@ def test_a_cancelled_job_stays_cancelled(slurm: Slurm, submit: Submit, tmp_path:
     assert len(starts(tmp_path, 0)) == 1
 
 
+def test_the_true_job_goes_on_after_preemption(
+    slurm: Slurm, tmp_path: Path, recipe: Path, data_dir: Path
+) -> None:
+    pytest.importorskip('parallel_train.cluster', reason='one process only')
+    workdir = tmp_path / 'run'
+    flags = [f'--config={recipe}', f'--workdir={workdir}', f'--data_dir={data_dir}', '--devices=2']
+    command = ['sbatch', '--parsable', '--ntasks-per-node=2', f'--export=ALL,PYTHON={sys.executable}']
+    script = ROOT / 'launch' / 'slurm.sbatch'
+    job = slurm.call(*command, script, 'train', *flags, '--config.num_epochs=6', cwd=tmp_path)
+    log = tmp_path / f'parallel_train-{job}.log'
+    end = time.monotonic() + 120
+    rows = workdir / 'metrics.jsonl'
+    while not (rows.exists() and rows.stat().st_size):
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+    slurm.call('sbatch', '--parsable', '--partition=high', '--wrap=true', cwd=tmp_path)
+    assert slurm.wait_for(job, 'COMPLETED', 'FAILED', seconds=300) == 'COMPLETED', log.read_text()
+    assert '2 processes, found by Slurm' in log.read_text()
+    assert 'exit code 75: queued again' in log.read_text() and '0: resuming from step' in log.read_text()
+    steps = [row['step'] for row in read_rows(workdir) if row['split'] == 'train']
+    assert steps == sorted(set(steps)) and steps[-1] == 6 * STEPS_PER_EPOCH
+
+
 def wait_for_steps(folder: Path) -> None:
     end = time.monotonic() + 60
     while not all(list(folder.glob(f'step-{rank}-*')) for rank in range(2)):
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def mpirun(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    if not shutil.which('mpirun'):
+        pytest.skip('not installed: mpirun (Debian: openmpi-bin)')
+    start = ['mpirun', '--oversubscribe', '-n', '2', sys.executable]
+    env = environment(OMPI_ALLOW_RUN_AS_ROOT='1', OMPI_ALLOW_RUN_AS_ROOT_CONFIRM='1')
+    return subprocess.run(
+        [*start, *map(str, command)], capture_output=True, text=True, timeout=300, env=env, check=False
+    )
 
 
 DETECT = """
@@ -274,14 +307,18 @@ print(found.name, found.get_process_count(), found.get_process_id(), found.get_c
 """
 
 
-def test_mpirun_is_detected() -> None:
-    if not shutil.which('mpirun'):
-        pytest.skip('not installed: mpirun (Debian: openmpi-bin)')
-    command = ['mpirun', '--allow-run-as-root', '--oversubscribe', '-n', '2', sys.executable, '-c', DETECT]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=environment(), check=False
-    )
+def test_mpirun_is_what_jax_knows() -> None:
+    done = mpirun('-c', DETECT)
     assert done.returncode == 0, done.stderr
     lines = sorted(line.split() for line in done.stdout.splitlines())
     assert [words[:3] for words in lines] == [['ompi', '2', '0'], ['ompi', '2', '1']]
     assert lines[0][3] == lines[1][3]
+
+
+def test_the_true_job_under_mpirun(tmp_path: Path, recipe: Path, data_dir: Path) -> None:
+    pytest.importorskip('parallel_train.cluster', reason='one process only')
+    flags = [f'--config={recipe}', f'--workdir={tmp_path / "run"}', f'--data_dir={data_dir}', '--devices=2']
+    done = mpirun('-m', 'parallel_train', 'train', *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '2 processes, found by Open MPI' in done.stdout
+    assert read_rows(tmp_path / 'run')[-1]['step'] == NUM_STEPS

@@ -227,6 +227,6 @@ def test_a_folder_that_cannot_be_written(
 
 def test_no_room_on_the_disk(undecoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r'needs 0\.0 GB in .* are free: make room'):
+    with pytest.raises(UserError, match=r'needs 0\.2 MB in .* 0\.0 MB are free: make room'):
         load_split('mnist', 'train', undecoded)
     assert [path.name for path in (undecoded / 'mnist/3.0.1/decoded').iterdir()] == []

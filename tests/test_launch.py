@@ -129,12 +129,7 @@ def test_jobsets_are_valid(name: str) -> None:
 
 @pytest.mark.parametrize(
     ('right', 'wrong'),
-    [
-        ('maxRestarts', 'maxRestart'),
-        ('backoffLimit', 'backofLimit'),
-        ('2, 3, 4', 'two'),
-        ('Never', '[Never]'),
-    ],
+    [('maxRestarts', 'maxRestart'), ('backoffLimit', 'backofLimit'), ('2, 3, 4', 'two'), ('Never', '[No]')],
 )
 def test_a_jobset_with_a_mistake_is_not(right: str, wrong: str) -> None:
     text = (LAUNCH / 'gke_gpu.yaml').read_text()

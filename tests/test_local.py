@@ -238,6 +238,23 @@ sys.exit(2)
     assert 'starting again' not in result.stderr
 
 
+def test_who_was_told_of_a_failure_is_not_the_cause(tmp_path: Path) -> None:
+    body = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+tell(f'ready-{me}')
+wait_for('ready-0', 'ready-1', 'ready-2')
+if me != 1:
+    error('error: process 1 (some-host) failed: the first cause; the last completed step is 7')
+    sys.exit(1)
+time.sleep(1)
+raise ValueError('the first cause')
+"""
+    result = run(supervisor(tmp_path, body, processes=3))
+    assert result.code == 1
+    *_, last = result.stderr.partition('[local] process 1 ended with exit code 1; ')
+    assert last.endswith('ValueError: the first cause\n')
+
+
 def test_a_process_that_ends_well_waits_for_the_others(tmp_path: Path) -> None:
     result = run(supervisor(tmp_path, "time.sleep(2 * me)\nprint('done')", processes=2))
     assert (result.code, result.stdout, result.stderr) == (0, '[0] done\n[1] done\n', '')
@@ -288,6 +305,7 @@ def test_faults_and_preemptions_start_again(tmp_path: Path) -> None:
 number = start_number()
 print(f'start {number} at {flags["coordinator"]}')
 if me == 1 and number == 1:
+    wait_for('start-0-1')
     os.kill(os.getpid(), signal.SIGKILL)
 if number == 1:
     time.sleep(1000)
@@ -325,6 +343,8 @@ def test_what_a_process_started_ends_with_it(tmp_path: Path) -> None:
     body = """
 child = subprocess.Popen(['sleep', '1000'])  # holds our stdout and stderr open
 (folder / f'pid-{me}').write_text(str(child.pid))
+tell(f'ready-{me}')
+wait_for('ready-0', 'ready-1')
 sys.exit(3 * me)
 """
     start = time.monotonic()

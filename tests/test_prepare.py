@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,13 @@ def test_data_dir_that_cannot_be_written_is_told_before_anything_is_fetched(tmp_
         with pytest.raises(UserError, match=message):
             prepare('fashion_mnist', data_dir, say=lines.append)
         assert lines == []  # such as: fetching Debian's package
+
+
+def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r'storing mnist needs 0\.0 MB in .* are free: make room'):
+        prepare('mnist', tmp_path / 'data', write_set(tmp_path / 'idx'), say=quiet)
+    assert not (tmp_path / 'data').exists()
 
 
 def test_from_is_read_even_where_the_set_is_there(tmp_path: Path) -> None:
