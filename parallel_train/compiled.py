@@ -33,7 +33,6 @@ class Memory:
     temporaries: int
     outputs: int
     code: int
-    limit: int
 
     @property
     def total(self) -> int:
@@ -97,7 +96,7 @@ def compile_step(config: Any, sizes: Sizes, plan: Plan, mesh: Mesh, limit_bytes:
             raise
         return Compiled(plan, time.perf_counter() - start, *needed, arguments)
     seconds = time.perf_counter() - start
-    memory = _memory(program, limit_bytes)
+    memory = _memory(program)
     counted = program.cost_analysis()
     # XLA counts the body of a loop once; the loop over turns runs for all but the first.
     turns = 1 if is_cpu(mesh) else plan.accumulation_steps
@@ -187,12 +186,11 @@ def needed_bytes(message: str) -> tuple[int, int] | None:
     return round(float(needed) * _UNITS[needed_unit]), round(float(limit) * _UNITS[limit_unit])
 
 
-def _memory(program: Any, limit: int) -> Memory:
+def _memory(program: Any) -> Memory:
     counted = program.memory_analysis()
     return Memory(
         arguments=counted.argument_size_in_bytes,
         temporaries=counted.temp_size_in_bytes,
         outputs=counted.output_size_in_bytes - counted.alias_size_in_bytes,
         code=counted.generated_code_size_in_bytes,
-        limit=limit,
     )
