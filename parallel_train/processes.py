@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from parallel_train.cluster import Cluster
-from parallel_train.errors import UserError
+from parallel_train.errors import USER_ERROR, UserError
 
 START_TIMEOUT = 300.0  # seconds
 Checked = TypeVar('Checked')
@@ -36,6 +38,10 @@ def start(cluster: Cluster, heartbeat_timeout: float, timeout: float, say: Calla
     where = cluster.coordinator or 'found by JAX'
     if cluster.process_id:
         _await_coordinator(cluster.coordinator, timeout)
+    # JAX ends a process without a word of ours where not all come in time: hence an earlier clock.
+    too_late = threading.Timer(timeout, _give_up, [f'{_missing(where)} within {timeout:g} s'])
+    too_late.daemon = True
+    too_late.start()
     try:
         jax.distributed.initialize(
             cluster.coordinator,
@@ -43,18 +49,28 @@ def start(cluster: Cluster, heartbeat_timeout: float, timeout: float, say: Calla
             cluster.process_id,
             local_device_ids=cluster.local_device_ids,
             coordinator_bind_address=_listen_at(cluster.coordinator),
-            initialization_timeout=int(timeout),
+            initialization_timeout=int(timeout) + 60,
             heartbeat_timeout_seconds=int(max(100, 3 * heartbeat_timeout)),
             shutdown_timeout_seconds=300,  # process 0 writes the report while the others wait
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f'coordinator={where}: the job cannot be joined within {timeout:g} s: '
-            f'{str(error).strip().splitlines()[0]}. Are all processes started, with the same '
-            '--num_processes? (On a TPU pod: the command on every worker, --worker=all)'
-        ) from error
+        raise UserError(f'{_missing(where)} ({str(error).strip().splitlines()[0]})') from error
+    finally:
+        too_late.cancel()
     if is_first():
         say(f'{count()} processes, found by {cluster.found_by}; coordinator {where}')
+
+
+def _missing(where: str) -> str:
+    return (
+        f'coordinator={where}: not all processes joined the job; start all of them, with the same '
+        '--num_processes (on a TPU pod: the command on every worker, --worker=all)'
+    )
+
+
+def _give_up(message: str) -> None:
+    print(f'error: {message}', file=sys.stderr, flush=True)
+    os._exit(USER_ERROR)
 
 
 def _listen_at(address: str | None) -> str | None:

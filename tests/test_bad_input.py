@@ -273,7 +273,10 @@ def test_config_file_that_is_not_there(here: Path, recipe: Path) -> None:
 # ---------------------------------------------------------------- commands and flags
 
 LINES: dict[str, tuple[list[str], list[str]]] = {
-    'unknown command': (['trian'], ["'trian'", 'prepare, plan, train, evaluate', 'mean train']),
+    'unknown command': (
+        ['trian'],
+        ["'trian'", 'prepare, plan, compile, train, doctor, evaluate', 'mean train'],
+    ),
     'flag first': (['--config=R', 'plan'], ['come first']),
     'unknown flag': (['plan', '--config=R', '--device=4'], ['--device', 'mean devices']),
     'flag of no likeness': (['plan', '--config=R', '--qqq'], ['--qqq', 'flags: ']),

@@ -12,9 +12,9 @@ import pytest
 
 from parallel_train import UserError, start_devices
 from parallel_train import config as config_lib
+from parallel_train.forward import check_model_and_loss
 from parallel_train.models.vit import sin_cos_positions
 from parallel_train.state import abstract_state, create_model, eval_flags, takes_train
-from parallel_train.step import check_model_and_loss
 
 start_devices(8)
 

@@ -337,7 +337,7 @@ def test_a_process_that_does_not_come_is_waited_for_only_so_long(tree_job: Job, 
             *tree_job.train(tmp_path / 'run', *flags, f'--process_id={process}'), env=tree_job.env
         )
         assert result.code == 2, result
-        assert result.stderr.startswith('error: coordinator=') and 'within 6 s' in result.stderr
+        assert 'error: coordinator=' in result.stderr and 'within 6 s' in result.stderr, result
     assert not (tmp_path / 'run').exists()
 
 
