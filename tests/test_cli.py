@@ -149,8 +149,8 @@ def test_plan_warns_loudly_of_an_unfinished_decay(job: Job) -> None:
 
 def test_train_leaves_a_whole_workdir(trained: Path) -> None:
     assert {path.name for path in trained.iterdir() if not path.name.startswith('events.')} == {
-        'config.json', 'plan.json', 'environment.json', 'metrics.jsonl', 'checkpoints', 'report.html', 'plots',
-        '.lock',
+        'config.json', 'plan.json', 'environment.json', 'metrics.jsonl', 'checkpoints', 'report.html',
+        'plots', '.lock',
     }  # fmt: skip
     assert [p.stat().st_size > 0 for p in trained.glob('events.*')] == [True]
     config = json.loads((trained / 'config.json').read_text())
