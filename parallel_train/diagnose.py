@@ -91,7 +91,7 @@ def _look_at(
 
 def _bad_rows(values: jax.Array) -> np.ndarray:
     finite = np.asarray(jnp.isfinite(values))
-    return ~finite.reshape(len(finite), -1).all(axis=1)
+    return np.asarray(~finite.reshape(len(finite), -1).all(axis=1))
 
 
 def _bad_alone(forward: Forward, state: TrainState, batch: Batch, key: jax.Array) -> np.ndarray:
