@@ -105,6 +105,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int, read_only: bool, say: Callable[[str], None]):
         self._workdir, self._keep, self._read_only, self._say = workdir, keep, read_only, say
+        self._saving: int | None = None  # the step of the last save
         self._open()
 
     def _open(self) -> None:
@@ -140,17 +141,18 @@ class Checkpoints:
           False if the disk did not take it: said, and to be tried again later.
         """
         self.wait()
+        self._saving = step
         beside: dict[str, Any] = {_FINGERPRINTS: digest(state)}
         if accuracy is not None:
             beside[_ACCURACY] = self._accuracy[step] = accuracy
         try:
-            saving = self._manager.save(
+            begun = self._manager.save(
                 step, args=ocp.args.StandardSave(saved_parts(state)), custom_metadata=beside, force=True
             )
         except Exception as error:  # of many kinds, from Orbax and TensorStore
-            self._failed(step, error)
+            self._failed(error)
             return False
-        assert saving, step
+        assert begun, step
         return True
 
     def wait(self) -> bool:
@@ -163,12 +165,15 @@ class Checkpoints:
         # Process 0 commits. What it could not is not there, whatever the others believe.
         if processes.share(lambda: problem is None):
             return True
-        self._failed(self._manager.latest_step(), problem or OSError('process 0 could not write it'))
+        self._failed(problem or OSError('process 0 could not write it'))
         return False
 
-    def _failed(self, step: int | None, error: Exception) -> None:
+    def _failed(self, error: Exception) -> None:
         """Says that a save failed and makes its remains go, so that their space is free."""
-        self._say(f'warning: a checkpoint up to step {step} could not be written ({_first_line(error)})')
+        self._say(
+            f'warning: the checkpoint of step {self._saving} could not be written ({_first_line(error)}); '
+            'training goes on'
+        )
         with contextlib.suppress(Exception):
             self._manager.close()
         if processes.is_first():

@@ -318,7 +318,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
         assert result.code == 0, result
     finally:
         job.close()
-    assert 'warning: a checkpoint up to step' in result.stdout
+    assert 'warning: the checkpoint of step ' in result.stdout
     assert 'No space left on device; kept in memory, tried again later' in result.stderr
     assert (workdir / 'metrics.jsonl').read_text().startswith(rows)
     assert_same_end(workdir, slow_undisturbed)

@@ -17,7 +17,7 @@ from parallel_train import train as train_lib
 from parallel_train.dataset import Split
 from parallel_train.errors import Diverged
 from parallel_train.load import load_model
-from parallel_train.mesh import start_devices
+from parallel_train.mesh import make_mesh, start_devices
 from parallel_train.metrics import read_rows
 from tests.models_for_tests import noise, tiny
 
@@ -147,3 +147,18 @@ def test_fresh_batches_on_many_cpu_devices_never_hang(tmp_path: Path, devices: i
     words = done.stdout.split()
     assert words[-1] == '400'
     assert int(words[words.index('pool') + 1]) >= 2 * devices
+
+
+def test_the_best_checkpoint_is_known_after_a_resume(tmp_path: Path) -> None:
+    """Orbax forgets what was saved before it was opened, and would delete the best like any other."""
+    from parallel_train.checkpoint import open_checkpoints
+    from parallel_train.schedule import create_learning_rate_fn
+    from parallel_train.state import initialise
+
+    config = config_lib.with_dataset(config_lib.complete(tiny()), (28, 28, 1), 10)
+    state = initialise(config, create_learning_rate_fn(config, 0.1, 8), make_mesh(1))
+    for step, accuracy in [(1, 0.5), (2, 0.9), (3, 0.7), (4, None), (5, 0.6)]:
+        with open_checkpoints(tmp_path, keep=1) as checkpoints:
+            assert checkpoints.save(step, state, accuracy) and checkpoints.wait()
+            kept = checkpoints.steps()
+    assert kept == [2, 5]
