@@ -127,11 +127,9 @@ class Lifeline:
 
         Does not return unless all processes raise the error by themselves: the others would be waited for.
         """
-        import jax
-
         if getattr(error, 'on_every_process', False):
             return
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if processes.exchange_failed(error):
             # A collective fails where another process is gone: `_talk` hears of it, says who, and exits.
             time.sleep(self._limits.heartbeat_timeout + 3 * _BEAT)
         self._ended.set()  # this process has nothing to hear any more

@@ -102,6 +102,19 @@ def _await_coordinator(address: str | None, timeout: float) -> None:
         time.sleep(0.2)
 
 
+def exchange_failed(error: BaseException | None) -> bool:
+    """Whether an error comes from an exchange between processes: then another one is to blame, as a rule."""
+    import jax
+
+    if client() is None:
+        return False
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) or 'Gloo' in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def count() -> int:
     """Returns how many processes the job has; unlike `jax.process_count`, without starting the backend."""
     return _state().num_processes
