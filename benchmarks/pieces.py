@@ -89,7 +89,8 @@ def compile_piece(
     import numpy as np
     from jax.sharding import PartitionSpec as P
 
-    from parallel_train.mesh import put_whole
+    from parallel_train.mesh import is_cpu, put_whole
+    from parallel_train.models.conv import for_cpu
     from parallel_train.reduce import DATA_AXIS
 
     cut = [P(DATA_AXIS) if shape[0] == -1 else P() for shape in shapes]
@@ -105,7 +106,8 @@ def compile_piece(
         return jax.tree.map(lambda x: x[None], function(*args))  # each device's own result
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=tuple(cut), out_specs=P(DATA_AXIS), check_vma=False)
-    compiled = jax.jit(mapped).lower(*arrays).compile()
+    with for_cpu(is_cpu(mesh)):
+        compiled = jax.jit(mapped).lower(*arrays).compile()
     return lambda: compiled(*arrays)
 
 

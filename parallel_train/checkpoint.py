@@ -170,6 +170,8 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> None:
         """Says that a save failed and makes its remains go, so that their space is free."""
+        if processes.exchange_failed(error):  # not the disk: another process is gone
+            raise error
         self._say(
             f'warning: the checkpoint of step {self._saving} could not be written ({_first_line(error)}); '
             'training goes on'

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from parallel_train import augment, batches
 from parallel_train.forward import Batch, Forward
+from parallel_train.models import conv
 from parallel_train.plan import Plan
 from parallel_train.state import KEY_IMPL
 
@@ -55,7 +56,9 @@ def take_shards(
     return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}, shard_keys
 
 
-def sums_of_shards(forward: Forward, params: Any, batch_stats: Any, shards: tuple[Batch, jax.Array]) -> Sums:
+def sums_of_shards(
+    forward: Forward, params: Any, batch_stats: Any, shards: tuple[Batch, jax.Array], on_cpu: bool = False
+) -> Sums:
     """Returns sums over the given shards: 'loss', 'grads' (of it), 'correct', 'weight', 'batch_stats'.
 
     All shards are mapped over the data alone, so that matrix products stay large.
@@ -68,7 +71,8 @@ def sums_of_shards(forward: Forward, params: Any, batch_stats: Any, shards: tupl
         loss, sums, stats = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(shard_loss)(*shards))
         return loss, {**sums, 'batch_stats': stats}
 
-    (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    with conv.for_cpu(on_cpu):
+        (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     return {'loss': loss, 'grads': grads, **sums}
 
 

@@ -67,16 +67,16 @@ def make_train_step(
 
 
 def _local_sums(
-    state: TrainState, data: Batch, config: Any, plan: Plan, forward: Forward, unroll: bool
+    state: TrainState, data: Batch, config: Any, plan: Plan, forward: Forward, on_cpu: bool
 ) -> dict[str, Any]:
     """Returns the sums over a device's shards."""
     count = plan.shards // plan.num_devices
     first = reduce.device_index() * count
     shards = take_shards(state.step, state.key, data, config, plan, first, count)
     params = reduce.to_local(state.params)
-    turns = cpu_turns(plan) if unroll else plan.accumulation_steps
+    turns = cpu_turns(plan) if on_cpu else plan.accumulation_steps
     return _over_turns(
-        lambda turn: sums_of_shards(forward, params, state.batch_stats, turn), shards, turns, unroll
+        lambda turn: sums_of_shards(forward, params, state.batch_stats, turn, on_cpu), shards, turns, on_cpu
     )
 
 

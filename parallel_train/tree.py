@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from parallel_train import batches, reduce
 from parallel_train.forward import Batch, make_forward
-from parallel_train.mesh import put_whole
+from parallel_train.mesh import is_cpu, put_whole
 from parallel_train.plan import Plan
 from parallel_train.shards import Sums, eval_sums, sums_of_shards, take_shards
 from parallel_train.state import TrainState
@@ -47,7 +47,8 @@ def make_train_step(
         forward = make_forward(config, state.apply_fn)
         number = reduce.device_index() * per_device + turn
         shard = take_shards(state.step, state.key, data, config, plan, number, 1, part=(turn, per_device))
-        return _as_own(sums_of_shards(forward, state.params, state.batch_stats, shard))
+        sums = sums_of_shards(forward, state.params, state.batch_stats, shard, is_cpu(mesh))
+        return _as_own(sums)
 
     def update(state: TrainState, sums: Sums) -> TrainState:
         return apply_update(state, sums, plan, skip_nonfinite)

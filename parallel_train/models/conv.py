@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,11 +16,27 @@ _EXAMPLES = 8
 _MOST_PARTS = 16  # each is an operation more to compile
 
 
+_for_cpu = contextvars.ContextVar('_for_cpu', default=False)
+
+
+@contextlib.contextmanager
+def for_cpu(wanted: bool) -> Iterator[None]:
+    """What is traced within is for a CPU, if `wanted`. Other compilers do better without help."""
+    token = _for_cpu.set(wanted)
+    try:
+        yield
+    finally:
+        _for_cpu.reset(token)
+
+
 def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     """`jax.lax.conv_general_dilated`, for the argument of this name of `flax.linen.Conv`.
 
-    The same numbers up to rounding. On CPUs the gradient of the kernel is computed a few examples at a time.
+    The same numbers up to rounding. Within `for_cpu`, as in the train step on CPUs, the gradient of the
+    kernel is computed a few examples at a time.
     """
+    if not _for_cpu.get():
+        return jax.lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
 
     def forward(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
@@ -46,9 +65,7 @@ def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: A
     def backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         lhs, rhs = saved
         lhs_gradient = jax.vjp(lambda lhs: forward(lhs, rhs), lhs)[1](gradient)[0]
-        return lhs_gradient, jax.lax.platform_dependent(
-            lhs, rhs, gradient, cpu=in_parts, default=kernel_gradient
-        )
+        return lhs_gradient, in_parts(lhs, rhs, gradient)
 
     convolve.defvjp(lambda lhs, rhs: (forward(lhs, rhs), (lhs, rhs)), backward)
     return convolve(lhs, rhs)
