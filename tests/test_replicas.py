@@ -23,7 +23,7 @@ from tests.test_processes import Processes, free_port
 from tests.test_resume import assert_same_run
 
 start_devices(8)
-JAX_IDS_APART = 131072  # how JAX numbers the CPU devices of processes
+JAX_IDS_APART = 2048  # how JAX numbers the CPU devices of processes
 
 
 @pytest.fixture(scope='module')
