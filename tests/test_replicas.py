@@ -109,7 +109,7 @@ def run_with_flip(
     flags = [
         f'--num_processes={processes}',
         f'--coordinator=127.0.0.1:{free_port()}',
-        '--heartbeat_timeout=9',
+        '--heartbeat_timeout=60',
     ]
     commands = [
         [
