@@ -1,4 +1,4 @@
-"""Pull any plug, lose nothing: damaged checkpoints, full disks, lost folders, jumping clocks, SIGKILL."""
+"""Pull any plug, lose nothing: damaged checkpoints, full disks, lost folders, SIGKILL."""
 
 from __future__ import annotations
 
@@ -349,7 +349,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error(
     assert_same_end(workdir, slow_undisturbed)
 
 
-# ---------------------------------------------------------------- the folder goes, the clock jumps
+# ---------------------------------------------------------------- the folder goes
 
 
 def test_a_workdir_that_is_removed_ends_the_run(slow_job: Job, tmp_path: Path) -> None:
@@ -370,58 +370,6 @@ def test_a_workdir_that_is_removed_ends_the_run(slow_job: Job, tmp_path: Path) -
         *slow_job.train(workdir, '--config.num_epochs=6', '--allow_plan_change'), env=slow_job.env
     )
     assert 'resuming from step' in result.stdout
-
-
-# Interposed on the C library's clock: each second, the time of day jumps by four days, to and fro.
-JUMPING_CLOCK = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <sys/time.h>
-#include <time.h>
-
-int clock_gettime(clockid_t clock, struct timespec *t) {
-    static int (*real)(clockid_t, struct timespec *);
-    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
-    int result = real(clock, t);
-    if (clock == CLOCK_REALTIME && result == 0) t->tv_sec += t->tv_sec % 2 ? 172800 : -172800;
-    return result;
-}
-
-int gettimeofday(struct timeval *t, void *zone) {
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    t->tv_sec = now.tv_sec;
-    t->tv_usec = now.tv_nsec / 1000;
-    return 0;
-}
-
-time_t time(time_t *t) {
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    if (t) *t = now.tv_sec;
-    return now.tv_sec;
-}
-"""
-
-
-def test_a_clock_that_jumps_changes_nothing(tiny_job: Job, undisturbed: Path, tmp_path: Path) -> None:
-    compiler = shutil.which('cc') or shutil.which('gcc')
-    if compiler is None:
-        pytest.skip('there is no C compiler to make a clock that jumps')
-    (tmp_path / 'clock.c').write_text(JUMPING_CLOCK)
-    library = tmp_path / 'clock.so'
-    subprocess.run(
-        [compiler, '-shared', '-fPIC', '-o', library, tmp_path / 'clock.c', '-ldl'], check=True, timeout=60
-    )
-    env = {**tiny_job.env, 'LD_PRELOAD': str(library)}
-    ask = f'import time; print(abs(time.time() - {time.time()}) > 80_000)'
-    shown = subprocess.run([cli()[0], '-c', ask], env=env, capture_output=True, text=True, check=True)
-    assert shown.stdout == 'True\n'
-    run_ok(*tiny_job.train(tmp_path / 'run'), env=env)
-    assert_same_run(tmp_path / 'run', undisturbed)
-    for row in read_rows(tmp_path / 'run'):
-        if row['split'] == 'train':
-            assert 0 < row['examples_per_second'] < 1e7 and 0 <= row['data_wait_fraction'] <= 1
 
 
 # ---------------------------------------------------------------- killed, again and again

@@ -23,7 +23,7 @@ from tests.test_processes import Processes, free_port
 from tests.test_resume import assert_same_run
 
 start_devices(8)
-JAX_IDS_APART = 131072  # how JAX numbers the CPU devices of processes
+JAX_IDS_APART = 2048  # how JAX numbers the CPU devices of processes
 
 
 @pytest.fixture(scope='module')
@@ -109,7 +109,7 @@ def run_with_flip(
     flags = [
         f'--num_processes={processes}',
         f'--coordinator=127.0.0.1:{free_port()}',
-        '--heartbeat_timeout=9',
+        '--heartbeat_timeout=60',
     ]
     commands = [
         [
