@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ def _join_job(values: Any) -> Limits:
     given = {
         name: values[name].value
         for name in ('start_timeout', 'heartbeat_timeout', 'stall_timeout')
-        if values[name].value is not None
+        if name in values and values[name].value is not None
     }
     limits = Limits(**given)
     found = cluster.find_cluster(values.coordinator, values.num_processes, values.process_id)
@@ -229,6 +230,11 @@ def evaluate(config: Any, values: Any) -> None:
         )
     sizes = dataset.Sizes(0, len(split.images), split.images.shape[1:], split.num_classes, '')
     count = choose_devices(trained, sizes, values.devices, workdir, lambda _: None, measure=False)
+    if trained.reduction == 'tree' and trained.shards % count:
+        raise UserError(
+            f"devices={count}: must divide config.shards={trained.shards} with config.reduction='tree'; use "
+            f'--devices={math.gcd(count, trained.shards)}'
+        )
     mesh = make_mesh(count)
     state = load_state(trained, workdir, replicated(mesh), values.step)
     metrics = Evaluator(split, trained, mesh, state)(state)
@@ -243,9 +249,8 @@ def evaluate(config: Any, values: Any) -> None:
         )
 
 
-_PROCESS_FLAGS = (
-    'coordinator', 'num_processes', 'process_id', 'start_timeout', 'heartbeat_timeout', 'stall_timeout',
-)  # fmt: skip
+_JOB_FLAGS = ('coordinator', 'num_processes', 'process_id', 'start_timeout')
+_PROCESS_FLAGS = (*_JOB_FLAGS, 'heartbeat_timeout', 'stall_timeout')
 
 COMMANDS = {
     'prepare': Command(
@@ -267,7 +272,7 @@ COMMANDS = {
     ),
     'doctor': Command(
         'self-test of this machine or job, one line a check',
-        doctor, ('workdir', 'data_dir', 'devices', 'json', *_PROCESS_FLAGS, 'debug'), needs_config=False,
+        doctor, ('workdir', 'data_dir', 'devices', 'json', *_JOB_FLAGS, 'debug'), needs_config=False,
     ),
     'evaluate': Command(
         'exact metrics of a checkpoint on the eval split',

@@ -29,6 +29,10 @@ def expanded(field: str, path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+# What a file system without locks answers.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
 def check_writable(field: str, folder: Path) -> None:
     """Checks that `folder` can be written, or made where it is not there yet. Leaves nothing behind.
 
@@ -145,7 +149,7 @@ def _lock(descriptor: int, path: Path) -> bool:
             logging.getLogger(__name__).info('waiting for another process that holds %s', path)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno not in NO_LOCKS:
             raise
         return False
     return True

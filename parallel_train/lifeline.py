@@ -26,6 +26,7 @@ from parallel_train.errors import FAULT, PREEMPTED, USER_ERROR, UserError
 
 _PERIOD = 0.2  # seconds between two looks
 _BEAT = 1.0  # seconds between two signs of life
+_SUSPENDED = 4.0  # seconds between two looks that mean that this process was stopped meanwhile
 _LAST_WORDS = 3.0  # seconds to tell the others why the job ends, and for them to read it from process 0
 _ROOT = 'parallel_train/lifeline'
 _GONE = 'gone'  # the last sign of life of a process that has ended well
@@ -144,9 +145,15 @@ class Lifeline:
     # ------------------------------------------------------------ signals, and a main thread that is stuck
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._ended.wait(_PERIOD):
             self._take_signals()
             now, limits = time.monotonic(), self._limits
+            if now - looked > _SUSPENDED:  # the whole process was: that is no silence of others, and no stall
+                away = now - looked
+                self._moved, self._heard = self._moved + away, self._heard + away
+                self._beats = {i: (beat, since + away) for i, (beat, since) in self._beats.items()}
+            looked = now
             if self._save_every and self._process == 0 and now - self._last_save > self._save_every:
                 self._asked, self._last_save = self._asked or 'save', now
             if self._store is None and self._asked and self._due is None:
@@ -173,8 +180,8 @@ class Lifeline:
             if self._signals > 1:
                 _say(f'{name} again: ends at once, without saving')
                 os._exit(128 + number)
-            _say(f'{name}: saves after the step in flight and stops; again: ends at once')
             self._asked = 'stop'
+            _say(f'{name}: saves after the step in flight and stops; again: ends at once')
 
     def _settle(self, tick: int, what: str) -> None:
         """All are to do `what` at `tick`."""
@@ -230,15 +237,15 @@ class Lifeline:
             return
         if not self._told_ticks:
             self._lock.acquire()  # the main thread passes no tick until all have told theirs
-            self._put(f'{here}/at/{self._process}', str(self._ticks))
             self._told_ticks = True
+        self._put(f'{here}/at/{self._process}', str(self._ticks))  # again, should the store not have heard
         if self._process == 0:
             ticks = [self._get(f'{here}/at/{process}') for process in range(self._count)]
             if None not in ticks:
                 self._put(f'{here}/go', str(max(int(tick) for tick in ticks if tick) + 1))
-        go = self._get(f'{here}/go')
         # A process that has come to the end of its run tells no ticks any more: all come to theirs.
         over = any(self._get(f'beat/{process}') == _GONE for process in range(self._count))
+        go = self._get(f'{here}/go')  # after `over`: what was settled before somebody left holds
         if go is not None or over:
             if go is not None:
                 self._settle(int(go), what)
@@ -258,7 +265,8 @@ class Lifeline:
         """Ends this process, telling where it stood."""
         if stacks:
             _say('the Python stacks of all threads:')
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
         _say(f'error: {message}; the last completed step known here is {self.completed:,}')
         self._exit(code)
 
@@ -311,4 +319,5 @@ def _try(talk: Callable[[], None]) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # a full disk or a closed pipe must not stop what follows
+        print(line, file=sys.stderr, flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import platform
 import tempfile
@@ -28,7 +30,17 @@ def cache_dir() -> Path:
 
 
 # With `reduction='tree'` the bits of a result depend on these, besides code and config (tree.py).
-BITS_DEPEND_ON = ('jax', 'jaxlib', 'device kind', 'threads of XLA (CPU)')
+BITS_DEPEND_ON = ('jax', 'jaxlib', 'flax', 'optax', 'device kind', 'CPU instructions', 'threads of XLA (CPU)')
+
+
+def _instructions() -> str:
+    """Returns the machine and a digest of its CPU's instruction sets, for which XLA compiles."""
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith(('flags', 'Features')):
+                words = ' '.join(sorted(line.partition(':')[2].split()))
+                return f'{platform.machine()}, {hashlib.sha256(words.encode()).hexdigest()[:8]}'
+    return platform.machine()
 
 
 def environment() -> dict[str, str]:
@@ -40,6 +52,7 @@ def environment() -> dict[str, str]:
         'Python': platform.python_version(),
         **{name: version(name) for name in packages},
         'device kind': f'{jax.devices()[0].device_kind} ({jax.default_backend()})',
+        'CPU instructions': _instructions() if jax.default_backend() == 'cpu' else '',
         'threads of XLA (CPU)': os.environ.get('NPROC', str(cores()))
         if jax.default_backend() == 'cpu'
         else '',

@@ -58,6 +58,8 @@ def facts(job: Job) -> dict[str, Any]:
         'code of parallel_train': code_version(),
         'jax': version('jax'),
         'jaxlib': version('jaxlib'),
+        'flax': version('flax'),
+        'optax': version('optax'),
         'devices': job.devices,
         **{f'config.{name}': value for name, value in job.config.to_dict().items()},
         f'train split of {job.config.dataset!r} (shape, digests)': _digest(job.train_split),

@@ -17,7 +17,7 @@ from parallel_train.checkpoint import open_checkpoints
 from parallel_train.clock import Clock
 from parallel_train.devices import choose_devices
 from parallel_train.diagnose import diagnose
-from parallel_train.errors import Diverged, Preempted
+from parallel_train.errors import Diverged, Preempted, UserError
 from parallel_train.finish import finish, say_complete
 from parallel_train.lifeline import Lifeline, Limits
 from parallel_train.plan import make_plan
@@ -66,7 +66,7 @@ def train_and_evaluate(
         # What will happen, and may it? Nothing is written before every process knows that it may.
         job = processes.agree(
             lambda: check_job(config, workdir, data_dir, devices, allow_plan_change),
-            facts,
+            lambda job: {**facts(job), 'skip_nonfinite': skip_nonfinite},
             limits.start_timeout,
         )
         plan = make_plan(
@@ -90,6 +90,7 @@ def train_and_evaluate(
             state = initialise(job.config, learning_rate_fn, mesh)
         say(plan_table(plan, job.config, job.sizes.source))  # nothing is refused any more
         start = int(state.step)
+        check_start(state, skip_nonfinite)
         if start == plan.num_steps and (workdir / 'report.html').exists():
             say_complete(workdir, start, say)
             return state
@@ -116,6 +117,21 @@ def train_and_evaluate(
     if processes.is_first():
         finish(workdir, job.config, plan, run.log.rows, state, job.eval_split, clock, run.recorder)
     return state
+
+
+def check_start(state: TrainState, skip_nonfinite: int) -> None:
+    """Checks that all processes start from one state, and that it is not frozen from the start."""
+    skipped = int(state.skipped)
+    if skipped > skip_nonfinite:
+        raise UserError(
+            f'skip_nonfinite={skip_nonfinite}: {skipped} steps were left out before the checkpoint; use '
+            f'at least {skipped}'
+        )
+    steps = processes.gather('the step to start from', int(state.step))
+    if len(set(steps)) > 1:
+        raise UserError(
+            f'workdir: the processes found checkpoints of different steps, {steps}; do all see one disk?'
+        )
 
 
 def train_epoch(state: TrainState, run: Run) -> TrainState:
@@ -164,7 +180,7 @@ def do_what_is_due(state: TrainState, run: Run) -> TrainState:
             run.replicas.check(state, step)
         if plan.is_due(step, plan.eval_every_steps) and 'eval' not in there:
             jax.block_until_ready(state)  # else the evaluation would be charged for steps under way
-            with run.clock.timed('eval'):
+            with run.clock.timed('eval'), run.lifeline.unwatched():
                 evaluation = run.evaluator(state, run.must_stop)
             if evaluation is None:  # interrupted
                 return stop(state, run)
@@ -180,11 +196,12 @@ def save(state: TrainState, run: Run) -> None:
     run.save_asked = False
     if run.checkpoints.latest_step() == run.step:
         return
-    if run.recorder.sync(state):
-        run.replicas.check(state, run.step)
-        run.replicas.settle()
-        with run.clock.timed('save'):
-            run.checkpoints.save(run.step, state, run.log.accuracy_at(run.step))
+    with run.lifeline.unwatched():  # a disk may take its time
+        if run.recorder.sync(state):
+            run.replicas.check(state, run.step)
+            run.replicas.settle()
+            with run.clock.timed('save'):
+                run.checkpoints.save(run.step, state, run.log.accuracy_at(run.step))
     run.restart_interval()
 
 
@@ -217,9 +234,10 @@ def explained(state: TrainState, run: Run) -> Iterator[None]:
 def explain(error: Diverged, state: TrainState, run: Run) -> str:
     """Returns the message of a run that diverged: what, where, and what to do."""
     where = ''
-    if error.frozen and processes.is_first():
-        where = f'; {diagnose(state, run.config, run.plan, run.train_split)}'
-    run.checkpoints.wait()
+    with run.lifeline.unwatched():
+        if error.frozen and processes.is_first():
+            where = f'; {diagnose(state, run.config, run.plan, run.train_split)}'
+        run.checkpoints.wait()
     last = run.checkpoints.latest_step()
     stands = f'the checkpoint of step {last} stands' if last else 'no checkpoint was made yet'
     return (

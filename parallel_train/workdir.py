@@ -15,7 +15,7 @@ from typing import Any
 
 from parallel_train import config as config_lib
 from parallel_train.errors import UserError
-from parallel_train.files import check_writable
+from parallel_train.files import NO_LOCKS, check_writable
 from parallel_train.machine import BITS_DEPEND_ON
 from parallel_train.plan import HARDWARE_FIELDS, Plan
 
@@ -218,6 +218,12 @@ def hold(workdir: Path) -> Iterator[None]:
                 f'workdir={str(workdir)!r}: another job runs there ({file.read().strip() or "unknown"}); '
                 'wait for it, stop it, or name another workdir'
             ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(
+                f'warning: {workdir}: its file system has no locks, so no other job is kept out', flush=True
+            )
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
         file.flush()
