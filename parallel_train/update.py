@@ -25,26 +25,34 @@ def apply_update(state: TrainState, sums: Sums, plan: Plan, skip_nonfinite: int)
     The gradient is sums['grads'] / sums['weight']; new batch statistics are the shards' mean; loss,
     accuracy and gradient norm are added to `state.sums`.
     """
-    grads = jax.tree.map(lambda g: g / sums['weight'], sums['grads'])
-    batch_stats = jax.tree.map(lambda s: s / plan.shards, sums['batch_stats'])
+    weight = sums['weight']
     measured = {
-        'loss': sums['loss'] / sums['weight'],
-        'accuracy': sums['correct'] / sums['weight'],
-        'grad_norm': optax.global_norm(grads),
+        'loss': sums['loss'] / weight,
+        'accuracy': sums['correct'] / weight,
+        'grad_norm': optax.global_norm(sums['grads']) / weight,
         'updates': jnp.ones((), jnp.float32),
     }
-    finite = _all_finite((measured, batch_stats))
+    finite = _all_finite((measured, sums['batch_stats']))
     frozen = state.skipped > skip_nonfinite
     skipped = state.skipped + jnp.where(finite | frozen, 0, 1)
     goes_on = skipped <= skip_nonfinite
-    new = state.apply_gradients(grads=grads, batch_stats=batch_stats)
-    new = new.replace(sums=jax.tree.map(jnp.add, state.sums, measured))
 
-    def kept(old: jax.Array, new: jax.Array) -> jax.Array:
-        counts = jnp.issubdtype(new.dtype, jnp.integer)  # the step's and the optimizer's
-        return jnp.where(goes_on if counts else finite & goes_on, new, old)
+    def take() -> TrainState:
+        new = state.apply_gradients(
+            grads=jax.tree.map(lambda g: g / weight, sums['grads']),
+            batch_stats=jax.tree.map(lambda s: s / plan.shards, sums['batch_stats']),
+        )
+        return new.replace(sums=jax.tree.map(jnp.add, state.sums, measured))
 
-    return jax.tree.map(kept, state, new).replace(skipped=skipped)
+    def leave_out() -> TrainState:
+        def counted(old: jax.Array, new: jax.Array) -> jax.Array:
+            is_count = jnp.issubdtype(new.dtype, jnp.integer)  # the step's and the optimizer's
+            return jnp.where(goes_on, new, old) if is_count else old
+
+        return jax.tree.map(counted, state, state.apply_gradients(grads=sums['grads']))
+
+    # Not by `where` over both: that would read and write every array once more in each good step.
+    return jax.lax.cond(finite & goes_on, take, leave_out).replace(skipped=skipped)
 
 
 def _all_finite(tree: Any) -> jax.Array:
