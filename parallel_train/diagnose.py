@@ -64,7 +64,7 @@ def _look_at(
       bool [examples]: all where that cannot be told.
     """
     forward = make_forward(config, state.apply_fn)
-    shards = jax.jit(lambda s: take_shards(s.step, s.key, data, config, plan, shard, 1))(state)
+    shards = take_shards(state.step, state.key, data, config, plan, shard, 1)
     outputs: list[tuple[str, Any]] = []
 
     def watching(call: Any, args: Any, kwargs: Any, context: Any) -> Any:

@@ -185,7 +185,8 @@ def test_main_recipe_on_v5e(tmp_path: Path) -> None:
     state = 2 * 4 * CNN_PARAMETERS
     assert small['argument_bytes'] >= dataset + state
     assert small['argument_bytes'] == pytest.approx(dataset + state, rel=0.15)  # padded to tiles
-    assert 0 < small['temporary_bytes'] < 2**30 and small['hbm_limit_bytes'] == int(15.75 * 2**30)
+    # So small a step may keep all that is temporary on the chip.
+    assert 0 <= small['temporary_bytes'] < 2**30 and small['hbm_limit_bytes'] == int(15.75 * 2**30)
     [reduction] = small['collectives']
     assert (reduction['kind'], reduction['count']) == ('all-reduce', 1)
     assert 4 * CNN_PARAMETERS <= reduction['bytes'] <= 1.01 * 4 * (CNN_PARAMETERS + METRICS)
