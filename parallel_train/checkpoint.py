@@ -129,12 +129,15 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, accuracy: float | None) -> bool:
+    def save(
+        self, step: int, state: TrainState, fingerprints: dict[str, int], accuracy: float | None
+    ) -> bool:
         """Starts to save `state`, whose arrays may be donated as soon as this returns.
 
         Args:
           step: completed steps.
           state: the state.
+          fingerprints: of its arrays, by name (replicas.py).
           accuracy: on the eval split at this step, if it was evaluated.
 
         Returns:
@@ -142,7 +145,7 @@ class Checkpoints:
         """
         self.wait()
         self._saving = step
-        beside: dict[str, Any] = {_FINGERPRINTS: digest(state)}
+        beside: dict[str, Any] = {_FINGERPRINTS: fingerprints}
         if accuracy is not None:
             beside[_ACCURACY] = self._accuracy[step] = accuracy
         try:
@@ -246,8 +249,8 @@ class Checkpoints:
         except Damaged as error:
             raise UserError(
                 f'workdir={str(self._workdir)!r}: checkpoint {chosen} does not hold the arrays of this '
-                f'config.model and config.optimizer, or is '
-                f'damaged; name another --step, or another workdir ({error})'
+                f'config.model and config.optimizer, or is damaged; name another --step, or another '
+                f'workdir ({error})'
             ) from error
 
     def _restore(self, template: TrainState, sharding: Any, step: int) -> TrainState:

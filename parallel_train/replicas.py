@@ -51,8 +51,11 @@ _fingerprint = jax.jit(lambda parts: fingerprint(parts))
 def digest(state: TrainState) -> dict[str, int]:
     """Returns the fingerprint of every array of the state, by name: what a checkpoint keeps beside them."""
     parts = saved_parts(state)
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(parts)]
-    return dict(zip(names, map(int, jax.device_get(_fingerprint(parts))), strict=True))
+    return dict(zip(_names(parts), map(int, jax.device_get(_fingerprint(parts))), strict=True))
+
+
+def _names(parts: Any) -> list[str]:
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(parts)]
 
 
 @functools.cache
@@ -79,25 +82,29 @@ class Replicas:
         """Starts to compare the copies after `step` steps; what was started before is settled first."""
         self.settle()
         parts = saved_parts(state)
-        names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(parts)]
-        self._pending = step, names, _on_each_device(self._mesh)(parts)
+        self._pending = step, _names(parts), _on_each_device(self._mesh)(parts)
 
-    def settle(self) -> None:
+    def settle(self) -> dict[str, int]:
         """Waits for the comparison under way, if there is one.
+
+        Returns:
+          What `digest` would of the state compared, which need not be read again; {} if none was.
 
         Raises:
           ReplicasDiffer: names the devices whose copy is not that of most, their processes, and arrays.
         """
         if self._pending is None:
-            return
-        step, names, rows = self._pending
+            return {}
+        step, names, fetched = self._pending
         self._pending = None
-        message = difference(np.asarray(rows), names, [_name(d) for d in self._mesh.devices.flat])
+        rows = np.asarray(fetched)
+        message = difference(rows, names, [_name(d) for d in self._mesh.devices.flat])
         if message:
             raise ReplicasDiffer(
                 f'at step {step} the devices hold different states: {message}. A bit has flipped, or a '
                 'program differs; no checkpoint is written from it. Start again to go on from the last one'
             )
+        return dict(zip(names, rows[0].tolist(), strict=True))
 
 
 def difference(rows: np.ndarray, names: list[str], devices: list[str]) -> str:

@@ -199,9 +199,9 @@ def save(state: TrainState, run: Run) -> None:
     with run.lifeline.unwatched():  # a disk may take its time
         if run.recorder.sync(state):
             run.replicas.check(state, run.step)
-            run.replicas.settle()
+            fingerprints = run.replicas.settle()
             with run.clock.timed('save'):
-                run.checkpoints.save(run.step, state, run.log.accuracy_at(run.step))
+                run.checkpoints.save(run.step, state, fingerprints, run.log.accuracy_at(run.step))
     run.restart_interval()
 
 

@@ -108,6 +108,7 @@ def test_no_damage_to_any_file_gives_another_state(
     from parallel_train import workdir as workdir_lib
     from parallel_train.checkpoint import open_checkpoints
     from parallel_train.mesh import make_mesh, replicated
+    from parallel_train.replicas import digest
     from parallel_train.state import abstract_state, saved_parts
 
     os.sys.path.insert(0, tiny_job.env['PYTHONPATH'].split(os.pathsep)[1])
@@ -187,7 +188,7 @@ def test_a_checkpoint_without_its_arrays_spoils_no_other(broken: int, tmp_path: 
     state = initialise(config, lambda _: 0.0, mesh)
     with open_checkpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2, 3):
-            assert checkpoints.save(step, state, None)
+            assert checkpoints.save(step, state, digest(state), None)
     shutil.rmtree(tmp_path / 'checkpoints' / str(broken) / 'default')
     with open_checkpoints(tmp_path, keep=3, say=said.append) as checkpoints:
         found = checkpoints.restore_latest(abstract_state(config, lambda _: 0.0), replicated(mesh))

@@ -152,6 +152,7 @@ def test_fresh_batches_on_many_cpu_devices_never_hang(tmp_path: Path, devices: i
 def test_the_best_checkpoint_is_known_after_a_resume(tmp_path: Path) -> None:
     """Orbax forgets what was saved before it was opened, and would delete the best like any other."""
     from parallel_train.checkpoint import open_checkpoints
+    from parallel_train.replicas import digest
     from parallel_train.schedule import create_learning_rate_fn
     from parallel_train.state import initialise
 
@@ -159,6 +160,6 @@ def test_the_best_checkpoint_is_known_after_a_resume(tmp_path: Path) -> None:
     state = initialise(config, create_learning_rate_fn(config, 0.1, 8), make_mesh(1))
     for step, accuracy in [(1, 0.5), (2, 0.9), (3, 0.7), (4, None), (5, 0.6)]:
         with open_checkpoints(tmp_path, keep=1) as checkpoints:
-            assert checkpoints.save(step, state, accuracy) and checkpoints.wait()
+            assert checkpoints.save(step, state, digest(state), accuracy) and checkpoints.wait()
             kept = checkpoints.steps()
     assert kept == [2, 5]
