@@ -137,11 +137,6 @@ def compile_step(config: Any, values: Any) -> None:
         raise UserError('topology: is missing; name some hardware, such as --topology=v5e:2x4,v5e:16x16')
     if values.devices is not None:
         raise UserError(f'devices={values.devices}: compile takes the number of devices from --topology')
-    if config.reduction == 'tree':
-        raise UserError(
-            "config.reduction='tree': its step is several programs, of which none is the step; compile with "
-            '--config.reduction=pmean'
-        )
     wanted = [topologies.parse(name) for name in dict.fromkeys(map(str.strip, values.topology.split(',')))]
     sizes = dataset.find_sizes(config, dataset.default_data_dir(values.data_dir))
     config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)

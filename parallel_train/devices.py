@@ -25,11 +25,12 @@ from parallel_train.batches import gather
 from parallel_train.config import RUN_FIELDS
 from parallel_train.dataset import Sizes, Split
 from parallel_train.errors import UserError
+from parallel_train.files import write_atomically
 from parallel_train.mesh import backend_runs, make_mesh, start_devices, usable_cpu_devices
 from parallel_train.plan import make_plan
 from parallel_train.state import initialise
 from parallel_train.step import make_train_step
-from parallel_train.workdir import planned_devices, write_atomically
+from parallel_train.workdir import planned_devices
 
 _ROUNDS, _SECONDS_PER_ROUND = 5, 0.4
 _IRRELEVANT = RUN_FIELDS + (

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from parallel_train.errors import UserError
 
+# What a file system without locks answers.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
 
 def expanded(field: str, path: str | os.PathLike[str]) -> Path:
     """Returns the path that a flag gives; shells leave the `~` of `--workdir=~/run` to the program.
@@ -27,10 +30,6 @@ def expanded(field: str, path: str | os.PathLike[str]) -> Path:
         raise UserError(
             f'{field}={str(path)!r}: there is no such home folder; write the path in full'
         ) from error
-
-
-# What a file system without locks answers.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def check_writable(field: str, folder: Path) -> None:
@@ -60,6 +59,22 @@ def check_room(what: str, folder: Path, needed: int) -> None:
         )
 
 
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file so that readers see the old content or the new one, whatever happens."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[bool]:
     """Holds the lock file `path`; the kernel lets go of it however the process ends.
@@ -69,7 +84,7 @@ def exclusive(path: Path) -> Iterator[bool]:
     """
     while True:
         with open(path, 'a') as file:
-            held = _lock(file.fileno(), path)
+            held = _wait_for_lock(file.fileno(), path)
             if held and not _is_current(file.fileno(), path):
                 continue  # the holder before us removed the file: wait at the new one
             try:
@@ -141,18 +156,27 @@ class Growing:
         self._file.close()
 
 
-def _lock(descriptor: int, path: Path) -> bool:
+def lock(descriptor: int, wait: bool = False) -> bool:
+    """Locks an open file for this process; False on a file system without locks.
+
+    Raises:
+      BlockingIOError: another process holds it, and we are not to `wait`.
+    """
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.getLogger(__name__).info('waiting for another process that holds %s', path)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in _NO_LOCKS:
             raise
         return False
     return True
+
+
+def _wait_for_lock(descriptor: int, path: Path) -> bool:
+    try:
+        return lock(descriptor)
+    except BlockingIOError:
+        logging.getLogger(__name__).info('waiting for another process that holds %s', path)
+        return lock(descriptor, wait=True)
 
 
 def _is_current(descriptor: int, path: Path) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 
 from parallel_train import events
 from parallel_train.errors import UserError
-from parallel_train.files import Growing
-from parallel_train.workdir import METRICS, write_atomically
+from parallel_train.files import Growing, write_atomically
+from parallel_train.workdir import METRICS
 
 Row = dict[str, Any]
 TIMING_FIELDS = ('examples_per_second', 'data_wait_fraction')

@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from parallel_train import processes
@@ -21,6 +20,7 @@ from parallel_train.metrics import MetricsLog
 from parallel_train.plan import Plan
 from parallel_train.progress import Progress
 from parallel_train.state import TrainState, take_sums
+from parallel_train.update import all_finite
 
 _Fetched = tuple[dict[str, float], float]  # the sums, and when the devices had computed them
 
@@ -30,10 +30,7 @@ def _fetch(sums: dict[str, jax.Array]) -> _Fetched:
     return values, time.perf_counter()
 
 
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+_all_finite = jax.jit(all_finite)
 
 
 class Recorder:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from parallel_train import drawing, plots
+from parallel_train.files import write_atomically
 from parallel_train.metrics import read_rows
 from parallel_train.page import escape, page_of
 from parallel_train.plots import Row, Samples
-from parallel_train.workdir import write_atomically
 
 EMPTY = '\u2013'  # stands for None and for nothing
 MAX_SAMPLES = 40  # keeps the page small whatever the images are

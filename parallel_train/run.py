@@ -48,12 +48,19 @@ class Run:
     start: int  # the step that was resumed from
     step: int
     done_before: list[str]  # splits whose row at `start` is written already
-    compiled: set[int] = dataclasses.field(default_factory=set)
+    compiled: set[str] = dataclasses.field(default_factory=set)  # what ran once; see `compiling`
     save_asked: bool = False
 
     def restart_interval(self) -> None:
         """Leaves what was just waited for (a compilation, an evaluation, a save) out of throughput."""
         self.recorder.restart(self.step, self.feed.wait_seconds)
+
+    @contextlib.contextmanager
+    def compiling(self, what: str) -> Iterator[None]:
+        """Something whose first call compiles, which may take any time and is no stall."""
+        with contextlib.nullcontext() if what in self.compiled else self.lifeline.unwatched():
+            yield
+        self.compiled.add(what)
 
     def must_stop(self) -> bool:
         """Passes a moment at which all processes together may stop; notes whether they are to save."""

@@ -141,12 +141,11 @@ def train_epoch(state: TrainState, run: Run) -> TrainState:
     while run.step < end:
         count = next_dispatch(run, end)
         data = run.feed.at(run.step)
-        if count in run.compiled:
+        if f'{count} steps' in run.compiled:
             state = run.train_steps[count](state, data)
         else:
-            with run.clock.timed('compile'), run.lifeline.unwatched():
-                state = run.train_steps[count](state, data)  # the first call compiles
-            run.compiled.add(count)
+            with run.clock.timed('compile'), run.compiling(f'{count} steps'):
+                state = run.train_steps[count](state, data)
             run.restart_interval()
         run.step += count
         run.pace.after(state, run.step)
@@ -180,7 +179,7 @@ def do_what_is_due(state: TrainState, run: Run) -> TrainState:
             run.replicas.check(state, step)
         if plan.is_due(step, plan.eval_every_steps) and 'eval' not in there:
             jax.block_until_ready(state)  # else the evaluation would be charged for steps under way
-            with run.clock.timed('eval'), run.lifeline.unwatched():
+            with run.clock.timed('eval'), run.compiling('evaluation'):
                 evaluation = run.evaluator(state, run.must_stop)
             if evaluation is None:  # interrupted
                 return stop(state, run)
@@ -196,7 +195,7 @@ def save(state: TrainState, run: Run) -> None:
     run.save_asked = False
     if run.checkpoints.latest_step() == run.step:
         return
-    with run.lifeline.unwatched():  # a disk may take its time
+    with run.compiling('save'):
         if run.recorder.sync(state):
             run.replicas.check(state, run.step)
             fingerprints = run.replicas.settle()

@@ -32,7 +32,7 @@ def apply_update(state: TrainState, sums: Sums, plan: Plan, skip_nonfinite: int)
         'grad_norm': optax.global_norm(sums['grads']) / weight,
         'updates': jnp.ones((), jnp.float32),
     }
-    finite = _all_finite((measured, sums['batch_stats']))
+    finite = all_finite((measured, sums['batch_stats']))
     frozen = state.skipped > skip_nonfinite
     skipped = state.skipped + jnp.where(finite | frozen, 0, 1)
     goes_on = skipped <= skip_nonfinite
@@ -55,5 +55,7 @@ def apply_update(state: TrainState, sums: Sums, plan: Plan, skip_nonfinite: int)
     return jax.lax.cond(finite & goes_on, take, leave_out).replace(skipped=skipped)
 
 
-def _all_finite(tree: Any) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+def all_finite(tree: Any) -> jax.Array:
+    """Returns whether every floating-point number in the tree is finite, a bool scalar."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
 import socket
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from parallel_train import config as config_lib
 from parallel_train.errors import UserError
-from parallel_train.files import NO_LOCKS, check_writable
+from parallel_train.files import check_writable, lock, write_atomically
 from parallel_train.machine import BITS_DEPEND_ON
 from parallel_train.plan import HARDWARE_FIELDS, Plan
 
@@ -28,22 +26,6 @@ _ALWAYS_WRITTEN = (
 CONFIG, PLAN, METRICS, CHECKPOINTS = 'config.json', 'plan.json', 'metrics.jsonl', 'checkpoints'
 ENVIRONMENT = 'environment.json'  # of the last start
 LOCK = '.lock'
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file so that readers see the old content or the new one, whatever happens."""
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -211,16 +193,14 @@ def hold(workdir: Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / LOCK, 'a+') as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock(file.fileno())
         except BlockingIOError as error:
             file.seek(0)
             raise UserError(
                 f'workdir={str(workdir)!r}: another job runs there ({file.read().strip() or "unknown"}); '
                 'wait for it, stop it, or name another workdir'
             ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+        if not locked:
             print(
                 f'warning: {workdir}: its file system has no locks, so no other job is kept out', flush=True
             )

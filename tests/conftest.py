@@ -200,6 +200,12 @@ def write_recipe(path: Path, model: str = 'cnn', more: str = '') -> Path:
     return path
 
 
+def make_tiny_job(folder: Path, data_dir: Path, models_dir: Path, more: str = '') -> Job:
+    """The tiny model (BatchNorm, dropout); `more` are lines of its recipe."""
+    env = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(models_dir)]))
+    return Job(write_recipe(folder / 'tiny.py', 'own_models:Tiny', more), data_dir, env)
+
+
 def restore(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Reads a checkpoint with Orbax alone: name -> array of everything that was saved."""
     from parallel_train import start_devices

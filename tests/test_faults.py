@@ -22,14 +22,13 @@ from tests.conftest import (
     Job,
     checkpoint_steps,
     cli,
-    environment,
+    make_tiny_job,
     read_rows,
     restore,
     run_cli,
     run_ok,
     snapshot,
     without_timing,
-    write_recipe,
 )
 from tests.test_processes import Processes, start  # noqa: F401, a fixture
 from tests.test_resume import assert_same_run, copy, last_row_step
@@ -38,9 +37,7 @@ from tests.test_resume import assert_same_run, copy, last_row_step
 @pytest.fixture(scope='module')
 def tiny_job(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, models_dir: Path) -> Job:
     """The tiny model (BatchNorm, dropout), with augmentation."""
-    path = tmp_path_factory.mktemp('recipe') / 'tiny.py'
-    env = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(models_dir)]))
-    return Job(write_recipe(path, 'own_models:Tiny', 'config.random_flip = True'), data_dir, env)
+    return make_tiny_job(tmp_path_factory.mktemp('recipe'), data_dir, models_dir, 'config.random_flip = True')
 
 
 @pytest.fixture(scope='module')
@@ -108,7 +105,6 @@ def test_no_damage_to_any_file_gives_another_state(
     from parallel_train import workdir as workdir_lib
     from parallel_train.checkpoint import open_checkpoints
     from parallel_train.mesh import make_mesh, replicated
-    from parallel_train.replicas import digest
     from parallel_train.state import abstract_state, saved_parts
 
     os.sys.path.insert(0, tiny_job.env['PYTHONPATH'].split(os.pathsep)[1])
@@ -181,6 +177,7 @@ def test_a_checkpoint_without_its_arrays_spoils_no_other(broken: int, tmp_path: 
     start_devices(8)
     from parallel_train.checkpoint import open_checkpoints
     from parallel_train.mesh import make_mesh, replicated
+    from parallel_train.replicas import digest
     from parallel_train.state import abstract_state, initialise
 
     config = config_lib.with_dataset(config_lib.complete(config_lib.default_config()), (28, 28, 1), 10)

@@ -23,12 +23,12 @@ from tests.conftest import (
     checkpoint_steps,
     cli,
     environment,
+    make_tiny_job,
     read_rows,
     restore,
     run_cli,
     run_ok,
     without_timing,
-    write_recipe,
 )
 
 HEARTBEAT = 8  # seconds; a busy machine may stop a process for some of them
@@ -114,10 +114,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture(scope='module')
 def tree_job(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, models_dir: Path) -> Job:
     """The tiny model (BatchNorm, dropout) with augmentation, `reduction='tree'`, 8 shards."""
-    path = tmp_path_factory.mktemp('recipe') / 'tree.py'
-    more = "config.random_flip = True\nconfig.reduction = 'tree'\nconfig.divergence_check_steps = 5"
-    env = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(models_dir)]))
-    return Job(write_recipe(path, 'own_models:Tiny', more), data_dir, env)
+    return make_tiny_job(
+        tmp_path_factory.mktemp('recipe'),
+        data_dir,
+        models_dir,
+        "config.random_flip = True\nconfig.reduction = 'tree'\nconfig.divergence_check_steps = 5",
+    )
 
 
 @pytest.fixture(scope='module')
@@ -289,7 +291,7 @@ calls = 0
 def wait(x):
     global calls
     calls += 1
-    if calls > 30:
+    if calls > {calls}:
         time.sleep(10_000)
     return np.float32(0)
 
@@ -298,15 +300,16 @@ class Stuck(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.Dense(10)(x.reshape((x.shape[0], -1)))
-        if train:
+        if train == {train}:
             zero = jax.pure_callback(wait, jax.ShapeDtypeStruct((), 'float32'), 0, vmap_method='sequential')
             x = x + jax.lax.stop_gradient(zero)
         return x
 """
 
 
-def test_a_step_that_never_ends_is_noticed(job: Job, tmp_path: Path) -> None:
-    (tmp_path / 'stuck.py').write_text(STUCK)
+@pytest.mark.parametrize(('train', 'calls'), [(True, 30), (False, 5)], ids=['step', 'second evaluation'])
+def test_what_never_ends_is_noticed(train: bool, calls: int, job: Job, tmp_path: Path) -> None:
+    (tmp_path / 'stuck.py').write_text(STUCK.format(train=train, calls=calls))
     env = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
     more = ['--config.model=stuck:Stuck', '--config.shards=0', '--stall_timeout=6']
     result = run_cli(*job.train(tmp_path / 'run', *more, devices=1), env=env)

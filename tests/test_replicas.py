@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from parallel_train.errors import ReplicasDiffer
 from parallel_train.mesh import make_mesh
 from parallel_train.replicas import Replicas, difference, digest
 from parallel_train.state import TrainState, initialise
-from tests.conftest import ROOT, Job, Result, checkpoint_steps, environment, run_ok, write_recipe
+from tests.conftest import Job, Result, checkpoint_steps, make_tiny_job, run_ok
 from tests.flip import flip_bit
 from tests.models_for_tests import tiny
 from tests.test_processes import Processes, free_port
@@ -89,10 +88,12 @@ def test_who_differs() -> None:
 
 @pytest.fixture(scope='module')
 def drift_job(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, models_dir: Path) -> Job:
-    path = tmp_path_factory.mktemp('recipe') / 'drift.py'
-    more = "config.random_flip = True\nconfig.reduction = 'tree'\nconfig.divergence_check_steps = 4"
-    env = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(models_dir)]))
-    return Job(write_recipe(path, 'own_models:Tiny', more), data_dir, env)
+    return make_tiny_job(
+        tmp_path_factory.mktemp('recipe'),
+        data_dir,
+        models_dir,
+        "config.random_flip = True\nconfig.reduction = 'tree'\nconfig.divergence_check_steps = 4",
+    )
 
 
 @pytest.fixture(scope='module')

@@ -22,14 +22,13 @@ from tests.conftest import (
     Job,
     checkpoint_steps,
     cli,
-    environment,
+    make_tiny_job,
     read_rows,
     restore,
     run_cli,
     run_ok,
     snapshot,
     without_timing,
-    write_recipe,
 )
 from tests.test_idx import write_set
 
@@ -113,10 +112,12 @@ def copy(workdir: Path, to: Path) -> Path:
 @pytest.fixture(scope='module')
 def tiny_job(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, models_dir: Path) -> Job:
     """The tiny model (BatchNorm, dropout), with augmentation."""
-    path = tmp_path_factory.mktemp('recipe') / 'tiny.py'
-    augmented = 'config.random_crop_padding = 2\nconfig.random_flip = True\nconfig.weight_decay = 1e-4'
-    env = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(models_dir)]))
-    return Job(write_recipe(path, 'own_models:Tiny', augmented), data_dir, env)
+    return make_tiny_job(
+        tmp_path_factory.mktemp('recipe'),
+        data_dir,
+        models_dir,
+        'config.random_crop_padding = 2\nconfig.random_flip = True\nconfig.weight_decay = 1e-4',
+    )
 
 
 @pytest.fixture(scope='module')
