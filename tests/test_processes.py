@@ -264,8 +264,20 @@ def test_the_death_of_the_coordinator_is_named(long_job: Job, start: Start, tmp_
     job.wait_until(saved(tmp_path / 'run', 6))
     job.all[0].kill()
     _, second = job.results()
-    assert second.code not in (0, 75), second
-    assert 'process 0' in second.stderr or 'leader' in second.stderr, second  # JAX's word for it
+    assert second.code == 1, second
+    last = second.stderr.splitlines()[-1]
+    assert last.startswith('error: process 0, the coordinator, is gone') and 'last completed step' in last
+
+
+def test_a_process_that_a_library_aborts_is_named_at_once(
+    long_job: Job, start: Start, tmp_path: Path
+) -> None:
+    job = start(long_job, tmp_path / 'run', 2, 2)
+    job.wait_until(saved(tmp_path / 'run', 6))
+    job.all[1].send_signal(signal.SIGABRT)
+    first, second = job.results(HEARTBEAT)
+    assert second.code in (1, -signal.SIGABRT) and first.code == 1, (first, second)
+    assert f'error: process 1 ({socket.gethostname()}) was aborted' in first.stderr
 
 
 def test_a_process_that_hangs_is_named(long_job: Job, start: Start, tmp_path: Path) -> None:
