@@ -81,6 +81,7 @@ def train_and_evaluate(
         # The state: the latest checkpoint's, on whatever devices there are now, or a new one.
         if processes.is_first():
             stack.enter_context(workdir_lib.hold(workdir))
+        workdir_lib.check_seen_by_all(workdir)
         checkpoints = stack.enter_context(open_checkpoints(workdir, job.config.keep_checkpoints, say=say))
         plan.check_reaches(checkpoints.latest_step() or 0)
         learning_rate_fn = create_learning_rate_fn(job.config, plan.peak_learning_rate, plan.steps_per_epoch)
@@ -120,17 +121,12 @@ def train_and_evaluate(
 
 
 def check_start(state: TrainState, skip_nonfinite: int) -> None:
-    """Checks that all processes start from one state, and that it is not frozen from the start."""
+    """Checks that the state is not frozen from the start."""
     skipped = int(state.skipped)
     if skipped > skip_nonfinite:
         raise UserError(
             f'skip_nonfinite={skip_nonfinite}: {skipped} steps were left out before the checkpoint; use '
             f'at least {skipped}'
-        )
-    steps = processes.gather('the step to start from', int(state.step))
-    if len(set(steps)) > 1:
-        raise UserError(
-            f'workdir: the processes found checkpoints of different steps, {steps}; do all see one disk?'
         )
 
 

@@ -345,6 +345,21 @@ def test_processes_that_differ_are_refused_by_name(tree_job: Job, start: Start, 
     assert not (tmp_path / 'run').exists()
 
 
+def test_processes_that_see_different_disks_are_refused(tree_job: Job, start: Start, tmp_path: Path) -> None:
+    port = free_port()
+    commands = [
+        cli(
+            *tree_job.train(tmp_path / f'run{i}', devices=2),
+            *[f'--coordinator=127.0.0.1:{port}', '--num_processes=2', f'--process_id={i}'],
+        )
+        for i in range(2)
+    ]
+    for result in Processes(tmp_path / 'job', commands, tree_job.env).results():
+        assert result.code == 2, result
+        assert 'process 1 does not see there what process 0 writes' in result.stderr
+    assert not (tmp_path / 'run0').exists() and not (tmp_path / 'run1').exists()
+
+
 def test_a_process_that_does_not_come_is_waited_for_only_so_long(tree_job: Job, tmp_path: Path) -> None:
     flags = [f'--coordinator=127.0.0.1:{free_port()}', '--num_processes=2', '--start_timeout=6']
     for process in (0, 1):
