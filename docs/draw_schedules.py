@@ -48,7 +48,7 @@ def draw() -> Figure:
         axes.scatter([s / STEPS_PER_EPOCH for s in ends], [plan.rate(s) for s in ends], s=24,
                      color=LIGHT['eval'], zorder=3, clip_on=False)  # fmt: skip
         axes.set_title(name, loc='left', fontsize=11.5, fontweight='bold', color=LIGHT['ink'], pad=30)
-        given = textwrap.fill(', '.join(f'{k}={_short(v)}' for k, v in fields.items()), 40)
+        given = textwrap.fill(', '.join(f'{k}={_short(v)}' for k, v in fields.items()), 44)
         style: dict[str, Any] = {'fontsize': 7.6, 'color': LIGHT['muted']}
         axes.text(0, 1.25, given, va='top', transform=axes.transAxes, linespacing=1.25, **style)
         axes.spines[['top', 'right', 'left']].set_visible(False)
