@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from parallel_train.errors import UserError
 from parallel_train.state import KEY_IMPL, abstract_state, create_model, eval_flags, takes_train
 
 Batch = dict[str, jax.Array]
-Loss = Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
+Loss = Callable[..., tuple[jax.Array, jax.Array]]  # (logits, batch), perhaps label_smoothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Forward:
     apply: Callable[..., Any]
     loss: Loss
     passes_train: bool
+    label_smoothing: float = 0.0  # passed to the loss in training, unless it is 0
 
     def __call__(
         self, params: Any, batch_stats: Any, batch: Batch, train: bool, dropout_key: Any = None
@@ -38,7 +40,8 @@ class Forward:
             mutable=['batch_stats'] if train else [],
             **flags,
         )
-        losses, weights = self.loss(logits, batch)
+        smoothing = {'label_smoothing': self.label_smoothing} if train and self.label_smoothing else {}
+        losses, weights = self.loss(logits, batch, **smoothing)
         if 'weight' in batch:  # 0 for the padding of the last batch of an evaluation
             mask = batch['weight'].reshape(batch['weight'].shape + (1,) * (weights.ndim - 1))
             # A masked loss may be NaN or infinite without harm.
@@ -49,7 +52,7 @@ class Forward:
 
 
 def make_forward(config: Any, apply_fn: Callable[..., Any]) -> Forward:
-    return Forward(apply_fn, import_loss(config), takes_train(create_model(config)))
+    return Forward(apply_fn, import_loss(config), takes_train(create_model(config)), config.label_smoothing)
 
 
 def check_model_and_loss(config: Any) -> None:
@@ -120,4 +123,15 @@ def _shapes(field: str, value: str, function: Callable[..., Any], *args: Any) ->
 
 
 def import_loss(config: Any) -> Loss:
-    return config_lib.import_object('loss', config_lib.BUILT_IN_LOSSES.get(config.loss, config.loss))
+    """Returns the loss that the config names.
+
+    Raises:
+      UserError: it cannot be imported, or is to smooth labels and cannot.
+    """
+    loss = config_lib.import_object('loss', config_lib.BUILT_IN_LOSSES.get(config.loss, config.loss))
+    if config.label_smoothing and 'label_smoothing' not in inspect.signature(loss).parameters:
+        raise UserError(
+            f'config.label_smoothing={config.label_smoothing:g}: config.loss={config.loss!r} takes no '
+            'argument label_smoothing; use 0, or give it one'
+        )
+    return loss

@@ -83,7 +83,10 @@ def train_and_evaluate(
         if processes.is_first():
             stack.enter_context(workdir_lib.hold(workdir))
         workdir_lib.check_seen_by_all(workdir)
-        checkpoints = stack.enter_context(open_checkpoints(workdir, job.config.keep_checkpoints, say=say))
+        keep = job.config.keep_checkpoints
+        checkpoints = stack.enter_context(
+            open_checkpoints(workdir, keep, say=say, snapshots=plan.snapshot_steps)
+        )
         plan.check_reaches(checkpoints.latest_step() or 0)
         state = starting_state(job.config, plan, mesh, checkpoints, skip_nonfinite)
         start = int(state.step)
