@@ -179,6 +179,7 @@ def gradients(patient: Patient) -> Finding:
     from jax.sharding import Mesh
 
     from parallel_train import config as config_lib
+    from parallel_train import examples
     from parallel_train.batches import gather
     from parallel_train.dataset import Split
     from parallel_train.mesh import make_mesh
@@ -195,9 +196,7 @@ def gradients(patient: Patient) -> Finding:
     if not config.input_shape:
         config.update({'input_shape': (28, 28, 1), 'num_classes': 10})
     config = config_lib.complete(config)
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch, *config.input_shape), dtype=np.uint8)
-    split = Split(images, rng.integers(0, config.num_classes or 10, batch).astype(np.int32), ())
+    split = Split(*examples.noise(config.input_shape, config.num_classes or 10, batch), ())
 
     def after_a_step(mesh: Mesh) -> Any:
         plan = make_plan(config, batch, 1, mesh.size)

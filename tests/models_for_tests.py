@@ -58,3 +58,16 @@ def tiny(**fields: Any) -> Any:
         'batch_size': 32, 'num_epochs': 3.0, 'warmup_epochs': 1.0, 'learning_rate': 0.01,
         'log_every_steps': 3, 'eval_batch_size': 20, **fields,
     })  # fmt: skip
+
+
+class NormNet(nn.Module):
+    """Convolution and BatchNorm, without dropout: the batch is all that its statistics depend on."""
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for stride in (2, 2):
+            x = nn.Conv(8, (3, 3), strides=(stride, stride))(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        return nn.Dense(self.num_classes)(x.reshape((x.shape[0], -1)))
