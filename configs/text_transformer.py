@@ -1,6 +1,6 @@
 """A small decoder-only transformer on the bytes of text files: an example that reproduces no publication.
 
-Command:  python -m parallel_train train --config=configs/text_transformer.py --workdir=runs/text --data_dir=DIR
+Command:  python -m parallel_train train --config=configs/text_transformer.py --workdir=runs/t --data_dir=DIR
           DIR: any folder of text files; here the sources of Python's asyncio,
           $(python -c 'import asyncio; print(asyncio.__path__[0])')
 Hardware: any number of devices that divides 64.

@@ -25,6 +25,11 @@ def kind(input_shape: Sequence[int]) -> str:
     return 'rows of tokens' if is_tokens(input_shape) else 'images'
 
 
+def unit_of(input_shape: Sequence[int]) -> str:
+    """Returns what the examples of a second are counted in."""
+    return 'rows' if is_tokens(input_shape) else 'images'
+
+
 def token_dtype(num_classes: int) -> Any:
     return np.dtype(np.uint8 if num_classes <= BYTES else np.int32)
 

@@ -14,7 +14,7 @@ import numpy as np
 from parallel_train import augment
 from parallel_train.clock import Clock
 from parallel_train.dataset import Split
-from parallel_train.examples import is_tokens
+from parallel_train.examples import is_tokens, unit_of
 from parallel_train.machine import environment
 from parallel_train.metrics import Row, read_rows
 from parallel_train.plan import Plan
@@ -72,8 +72,7 @@ def _results(config: Any, plan: Plan, rows: list[Row], recorder: Recorder) -> di
         results[f'{config.eval_split} loss'] = f'{last["loss"]:.4f}'
     if recorder.step_seconds:
         rate = recorder.steps_seen * plan.batch_size / recorder.step_seconds
-        unit = 'rows/s' if is_tokens(config.input_shape) else 'images/s'
-        results[unit] = f'{rate:,.0f}'
+        results[f'{unit_of(config.input_shape)}/s'] = f'{rate:,.0f}'
     results['devices'] = f'{plan.num_devices} × {jax.devices()[0].device_kind}'
     return results
 

@@ -42,7 +42,7 @@ def sum_over_devices(tree: Tree) -> Tree:
     """
     leaves, structure = jax.tree.flatten(tree)
     small = {
-        dtype: [i for i, leaf in enumerate(leaves) if leaf.ndim <= 1 and leaf.dtype == dtype]
+        dtype: [i for i, leaf in enumerate(leaves) if leaf.ndim <= 1 and leaf.dtype.name == dtype]
         for dtype in ('float32', 'bfloat16')
     }
     joined = {d: jax.flatten_util.ravel_pytree([leaves[i] for i in small[d]]) for d in small if small[d]}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallel_train import config as config_lib
+from parallel_train.models.resnet import BasicBlock, ResNet
 
 
 class NormDropoutNet(nn.Module):
@@ -71,3 +72,11 @@ class NormNet(nn.Module):
             x = nn.Conv(8, (3, 3), strides=(stride, stride))(x)
             x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
         return nn.Dense(self.num_classes)(x.reshape((x.shape[0], -1)))
+
+
+def small_resnet(remat: bool = False) -> nn.Module:
+    return ResNet(BasicBlock, (1,), num_classes=10, remat=remat)
+
+
+def small_resnet_again() -> nn.Module:
+    return small_resnet(remat=True)

@@ -39,8 +39,9 @@ def wide_resnet(depth: int, widening: int, classes: int = 10) -> int:
 
 
 # Counts of torchvision (ResNets), of the paper's models for CIFAR-10 (WRN: 36.5 and 8.9 million), of the
-# guide (CNN). ViTs as timm's, without class token (width) and learned positions (197 × width). The transformer from
-# its sizes: embedding, positions, four blocks of 12 × width² and their biases and norms, the last norm.
+# guide (CNN). ViTs as timm's, without class token (width) and learned positions (197 × width). The
+# transformer from its sizes: embedding, positions, four blocks of 12 × width² with 13 × width biases and
+# norms, the last norm.
 SIZES = {
     'cnn': (FASHION, 824_458),
     'resnet18': (IMAGENET, 11_689_512),

@@ -22,7 +22,7 @@ from tests.test_step import distance, make_config, make_split, train
 
 start_devices(8)
 
-NORM = {'model': 'tests.models_for_tests:NormNet'}
+NORM = 'tests.models_for_tests:NormNet'
 
 
 @pytest.mark.parametrize(('devices', 'shards'), [(8, 8), (2, 8), (1, 4), (4, 4)])
@@ -32,14 +32,14 @@ def test_statistics_and_gradients_are_those_of_the_whole_batch(devices: int, sha
     The tolerance is that of test_step.py. Statistics by shard are another function: 1e-2 and more.
     """
     split = make_split()
-    start, whole = (train(make_config('cnn', **NORM, shards=1), 1, steps, split) for steps in (0, 20))
-    config = make_config('cnn', **NORM, shards=shards, batch_norm='global')
+    start, whole = (train(make_config(NORM, shards=1), 1, steps, split) for steps in (0, 20))
+    config = make_config(NORM, shards=shards, batch_norm='global')
     synced = train(config, devices, 20, split)
     assert distance(synced.params, whole.params, start.params) < 1e-4
     assert distance(synced.batch_stats, whole.batch_stats, start.batch_stats) < 1e-4
     for name in ('loss', 'accuracy', 'grad_norm'):
         assert synced.sums[name] == pytest.approx(whole.sums[name], rel=1e-4)
-    by_shard = train(make_config('cnn', **NORM, shards=shards), devices, 20, split)
+    by_shard = train(make_config(NORM, shards=shards), devices, 20, split)
     assert distance(by_shard.params, whole.params, start.params) > 1e-2
 
 
@@ -51,7 +51,7 @@ def test_dropout_still_belongs_to_the_shard() -> None:
 
 
 def test_several_steps_in_one_dispatch() -> None:
-    config, split, mesh = make_config('cnn', **NORM, batch_norm='global'), make_split(), make_mesh(2)
+    config, split, mesh = make_config(NORM, batch_norm='global'), make_split(), make_mesh(2)
     plan = make_plan(config, 96, 1, 2)
     feed = ResidentFeed(split, config, plan, mesh)
     state = make_train_step(config, plan, mesh, 3)(initialise(config, 0.05, mesh), feed.at(0))
@@ -62,12 +62,26 @@ def test_several_steps_in_one_dispatch() -> None:
     assert distance(jax.device_get(state.params), jax.device_get(single.params), start) < 1e-4
 
 
+def test_of_blocks_that_are_computed_again() -> None:
+    """With `remat` as well, each BatchNorm averages over shards and devices, here before it is compiled."""
+    mesh, split = make_mesh(2), make_split()
+    counts = []
+    for model in ('small_resnet', 'small_resnet_again'):
+        config = make_config(f'tests.models_for_tests:{model}', batch_norm='global')
+        check_model_and_loss(config)
+        plan = make_plan(config, 96, 1, 2)
+        state, feed = initialise(config, 0.1, mesh), ResidentFeed(split, config, plan, mesh)
+        program = make_train_step(config, plan, mesh).lower(state, feed.at(0)).as_text()
+        counts.append(program.count('stablehlo.all_reduce'))
+    assert counts[1] > counts[0] > 3  # those of the forward pass a second time
+
+
 def test_what_is_exchanged() -> None:
     """Besides the one all-reduce of the step: mean and mean square of each layer, and their gradients."""
     mesh, split = make_mesh(8), make_split()
     counts = {}
     for batch_norm in ('shard', 'global'):
-        config = make_config('cnn', **NORM, batch_norm=batch_norm)
+        config = make_config(NORM, batch_norm=batch_norm)
         plan = make_plan(config, 96, 1, 8)
         state, feed = initialise(config, 0.1, mesh), ResidentFeed(split, config, plan, mesh)
         program = make_train_step(config, plan, mesh).lower(state, feed.at(0)).compile().as_text()

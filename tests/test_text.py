@@ -223,7 +223,7 @@ def test_training_on_a_folder(tmp_path: Path, folder: Path) -> None:
     rows = {split: len(text.rows_of_folder(folder, split, 128)) for split in ('train', 'test')}
     assert (plan['num_train_examples'], plan['num_eval_examples']) == (rows['train'], rows['test'])
     done = run_ok(*job.train(tmp_path / 'run', *quick))
-    assert 'rows/s: ' in done.stdout and 'sizes from' in done.stdout
+    assert 'rows/s: ' in done.stdout and ' rows/s  ' in done.stdout and 'images/s' not in done.stdout
     logged = read_rows(tmp_path / 'run')
     evaluation = logged[-1]
     assert evaluation['split'] == 'eval' and evaluation['num_examples'] == rows['test']
