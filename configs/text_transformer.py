@@ -1,8 +1,8 @@
 """A small decoder-only transformer on the bytes of text files: an example that reproduces no publication.
 
 Command:  python -m parallel_train train --config=configs/text_transformer.py --workdir=runs/t --data_dir=DIR
-          DIR: any folder of text files; here the sources of Python's asyncio,
-          $(python -c 'import asyncio; print(asyncio.__path__[0])')
+          DIR: any folder of text files; here the sources of Python's unittest,
+          $(python -c 'import unittest; print(unittest.__path__[0])')
 Hardware: any number of devices that divides 64.
 Result:   not measured yet.
 """
@@ -33,8 +33,8 @@ def get_config() -> config_dict.ConfigDict:
     config.gradient_clip_norm = 1.0
 
     # For planning without the data.
-    config.num_train_examples = 4_000
-    config.num_eval_examples = 400
+    config.num_train_examples = 6_521
+    config.num_eval_examples = 581
     config.input_shape = (128,)
     config.num_classes = 256
     return config

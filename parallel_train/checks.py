@@ -193,6 +193,7 @@ def gradients(patient: Patient) -> Finding:
     config = patient.config.copy_and_resolve_references().unlock()
     config.update({'batch_size': batch, 'shards': count, 'accumulation_steps': 1, 'num_epochs': 2.0})
     config.update({'optimizer': 'sgd', 'momentum': 0.0, 'weight_decay': 0.0, 'reduction': 'pmean'})
+    config.update({'gradient_dtype': 'float32'})  # which the tolerance is for
     if not config.input_shape:
         config.update({'input_shape': (28, 28, 1), 'num_classes': 10})
     config = config_lib.complete(config)
