@@ -112,6 +112,11 @@ def _number(minimum: float, exclusive: bool = False, below: float = math.inf) ->
     return check
 
 
+def _probability(value: Any) -> str | None:
+    fits = _number(0)(value) is None and value <= 1
+    return None if fits else 'must be a probability, from 0 to 1'
+
+
 def _boolean(value: Any) -> str | None:
     return None if isinstance(value, bool) else 'must be True or False'
 
@@ -169,6 +174,13 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'gradient_clip_norm': _number(0),
     'random_crop_padding': _integer(0, 2**16),
     'random_flip': _boolean,
+    'randaugment_layers': _integer(0, 14),
+    'randaugment_magnitude': _number(0, below=30.5),
+    'cutout_size': _integer(0, 2**16),
+    'random_erasing': _probability,
+    'mixup_alpha': _number(0, below=1e3),
+    'cutmix_alpha': _number(0, below=1e3),
+    'mix_probability': _probability,
     'log_every_steps': _integer(1),
     'eval_every_epochs': _number(0, below=MAX_STEPS),
     'checkpoint_every_epochs': _number(0, below=MAX_STEPS),

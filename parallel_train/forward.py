@@ -38,14 +38,32 @@ class Forward:
             mutable=['batch_stats'] if train else [],
             **flags,
         )
+        losses, weights, correct = self.measure(logits, batch)
+        sums = {'correct': jnp.sum(correct), 'weight': jnp.sum(weights)}
+        return jnp.sum(losses), sums, changed.get('batch_stats', batch_stats)
+
+    def measure(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns each example's weighted loss, its weight, and the weight again where it is correct.
+
+        A mixed example (mix.py) counts as two, one for each of its labels, with the shares of their
+        pixels as weights, whatever the loss is.
+        """
+        if 'mix' not in batch:
+            return self._measure_labels(logits, batch)
+        own = {**batch, 'weight': batch['mix']}
+        other = {**batch, 'label': batch['mixed_label'], 'weight': 1 - batch['mix']}
+        parts = (self._measure_labels(logits, labelled) for labelled in (own, other))
+        losses, weights, correct = (a + b for a, b in zip(*parts, strict=True))
+        return losses, weights, correct
+
+    def _measure_labels(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         losses, weights = self.loss(logits, batch)
         if 'weight' in batch:  # 0 for the padding of the last batch of an evaluation
             mask = batch['weight'].reshape(batch['weight'].shape + (1,) * (weights.ndim - 1))
             # A masked loss may be NaN or infinite without harm.
             losses, weights = jnp.where(mask > 0, losses, 0), weights * mask
         correct = (jnp.argmax(logits, axis=-1) == batch['label']).astype(jnp.float32)
-        sums = {'correct': jnp.sum(correct * weights), 'weight': jnp.sum(weights)}
-        return jnp.sum(losses * weights), sums, changed.get('batch_stats', batch_stats)
+        return losses * weights, weights, correct * weights
 
 
 def make_forward(config: Any, apply_fn: Callable[..., Any]) -> Forward:
