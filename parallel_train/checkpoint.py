@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,11 @@ _FINGERPRINTS, _ACCURACY = 'fingerprints', 'accuracy'  # in the metadata of a ch
 
 @contextlib.contextmanager
 def open_checkpoints(
-    workdir: Path, keep: int = 1, read_only: bool = False, say: Callable[[str], None] = print
+    workdir: Path,
+    keep: int = 1,
+    read_only: bool = False,
+    say: Callable[[str], None] = print,
+    snapshots: Collection[int] = (),
 ) -> Iterator[Checkpoints]:
     """Opens the checkpoints of a workdir; on leaving, waits for saves under way.
 
@@ -40,11 +44,12 @@ def open_checkpoints(
       keep: how many of the latest are kept, besides the best on the eval split.
       read_only: nothing is created or cleaned up.
       say: shows a line to the user.
+      snapshots: steps whose checkpoints are kept for good.
     """
     directory = (workdir / CHECKPOINTS).resolve()
     if read_only and not directory.is_dir():
         raise UserError(f'workdir={str(workdir)!r}: holds no checkpoints; train first')
-    checkpoints = Checkpoints(workdir, keep, read_only, say)
+    checkpoints = Checkpoints(workdir, keep, read_only, say, snapshots)
     try:
         yield checkpoints
     finally:
@@ -79,17 +84,17 @@ def _quiet_orbax() -> Iterator[None]:
 
 
 class _KeepLatestAndBest(preservation_policy.PreservationPolicy):
-    """Keeps the latest `latest` checkpoints, and the one of the highest accuracy.
+    """Keeps the latest `latest` checkpoints, the one of the highest accuracy, and all snapshots.
 
     Orbax's own policy for the best knows nothing of what was saved before a resume.
     """
 
-    def __init__(self, latest: int, accuracy: dict[int, float]):
-        self._latest, self._accuracy = latest, accuracy
+    def __init__(self, latest: int, accuracy: dict[int, float], snapshots: Collection[int]):
+        self._latest, self._accuracy, self._snapshots = latest, accuracy, snapshots
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [info.step for info in checkpoints]
-        kept = set(sorted(steps)[-self._latest :])
+        kept = {*sorted(steps)[-self._latest :], *self._snapshots}
         evaluated = [step for step in steps if step in self._accuracy]
         if evaluated:
             kept.add(max(evaluated, key=lambda step: (self._accuracy[step], step)))
@@ -103,15 +108,23 @@ class Damaged(Exception):
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, workdir: Path, keep: int, read_only: bool, say: Callable[[str], None]):
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int,
+        read_only: bool,
+        say: Callable[[str], None],
+        snapshots: Collection[int],
+    ):
         self._workdir, self._keep, self._read_only, self._say = workdir, keep, read_only, say
+        self._snapshots = snapshots
         self._saving: int | None = None  # the step of the last save
         self._open()
 
     def _open(self) -> None:
         directory = (self._workdir / CHECKPOINTS).resolve()
         accuracy: dict[int, float] = {}
-        policy = _KeepLatestAndBest(self._keep, accuracy)
+        policy = _KeepLatestAndBest(self._keep, accuracy, self._snapshots)
         self._manager, self._accuracy = _open_manager(directory, policy, self._read_only), accuracy
         for step in self.steps():
             with contextlib.suppress(Exception):  # none, or damaged
@@ -210,7 +223,8 @@ class Checkpoints:
             step, steps = max(problems), ', '.join(map(str, sorted(problems)))
             raise UserError(
                 f'workdir={str(self._workdir)!r}: none of its checkpoints, {steps}, '
-                'holds the arrays of this config.model and config.optimizer, or they are damaged; name '
+                'holds the arrays of this config.model, config.optimizer and config.ema_decay, or they are '
+                f'damaged; name '
                 f'another workdir ({problems[step]})'
             )
         return None

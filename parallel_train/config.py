@@ -30,14 +30,18 @@ _IMPORT_PATH = re.compile(r'\w+(\.\w+)*:\w+')
 BUILT_IN_MODELS = {
     'cnn': 'parallel_train.models.cnn:CNN',
     'resnet_small': 'parallel_train.models.resnet_small:ResNetSmall',
+    'fast_net': 'parallel_train.models.fast:FastNet',
     'resnet18': 'parallel_train.models.resnet:ResNet18',
     'resnet50': 'parallel_train.models.resnet:ResNet50',
     'wide_resnet_28_10': 'parallel_train.models.wide_resnet:WideResNet28x10',
     'vit_s16': 'parallel_train.models.vit:ViTS16',
 }
 BUILT_IN_LOSSES = {'softmax_cross_entropy': 'parallel_train.losses:softmax_cross_entropy'}
-SCHEDULES = ('cosine', 'steps', 'constant')
-OPTIMIZERS = ('sgd', 'adamw')
+SCHEDULES = (
+    'cosine', 'cosine_restarts', 'linear', 'polynomial', 'steps', 'rsqrt', 'warmup_stable_decay', 'one_cycle',
+    'constant',
+)  # fmt: skip
+OPTIMIZERS = ('sgd', 'adamw', 'lars', 'lamb', 'lion', 'muon')
 REDUCTIONS = ('pmean', 'tree')
 
 MAX_STEPS = 2**31 - 1  # the state counts them in int32; an epoch has at least one
@@ -146,6 +150,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'model': _name_or_import_path(tuple(BUILT_IN_MODELS)),
     'dtype': _one_of('float32', 'bfloat16'),
     'loss': _name_or_import_path(tuple(BUILT_IN_LOSSES)),
+    'label_smoothing': _number(0, below=1),
     'dataset': _text,
     'train_split': _text,
     'eval_split': _text,
@@ -167,11 +172,22 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'warmup_learning_rate': _number(0),
     'decay_epochs': _epochs,
     'decay_factor': _number(0, exclusive=True),
+    'end_learning_rate': _number(0),
+    'decay_power': _number(0, exclusive=True),
+    'restart_epochs': _number(0, below=MAX_STEPS),
+    'restart_multiplier': _number(1),
+    'timescale_epochs': _number(0, below=MAX_STEPS),
+    'cooldown_epochs': _number(0, below=MAX_STEPS),
     'optimizer': _one_of(*OPTIMIZERS),
     'momentum': _number(0, below=1),
     'nesterov': _boolean,
+    'beta2': _number(0, below=1),
+    'epsilon': _number(0),
+    'trust_coefficient': _number(0, exclusive=True),
     'weight_decay': _number(0),
+    'decay_norm_and_bias': _boolean,
     'gradient_clip_norm': _number(0),
+    'ema_decay': _number(0, below=1),
     'random_crop_padding': _integer(0, 2**16),
     'random_flip': _boolean,
     'randaugment_layers': _integer(0, 14),

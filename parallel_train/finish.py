@@ -99,8 +99,7 @@ def _samples(config: Any, state: TrainState, split: Split) -> Samples:
     images = np.asarray(split.images[:_SAMPLES_FROM])
     labels = np.asarray(split.labels[:_SAMPLES_FROM])
     model, one = create_model(config), jax.devices()[0]
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    variables = jax.device_put(jax.device_get(variables), one)
+    variables = jax.device_put(jax.device_get(state.evaluated()), one)
 
     def probabilities_of(variables: Any, images: jax.Array) -> jax.Array:
         logits: Any = model.apply(variables, augment.normalise(images), **eval_flags(model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from parallel_train.errors import UserError
 from parallel_train.state import KEY_IMPL, abstract_state, create_model, eval_flags, takes_train
 
 Batch = dict[str, jax.Array]
-Loss = Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
+Loss = Callable[..., tuple[jax.Array, jax.Array]]  # (logits, batch), perhaps label_smoothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Forward:
     apply: Callable[..., Any]
     loss: Loss
     passes_train: bool
+    label_smoothing: float = 0.0  # passed to the loss in training, unless it is 0
 
     def __call__(
         self, params: Any, batch_stats: Any, batch: Batch, train: bool, dropout_key: Any = None
@@ -38,26 +40,29 @@ class Forward:
             mutable=['batch_stats'] if train else [],
             **flags,
         )
-        losses, weights, correct = self.measure(logits, batch)
+        losses, weights, correct = self.measure(logits, batch, train)
         sums = {'correct': jnp.sum(correct), 'weight': jnp.sum(weights)}
         return jnp.sum(losses), sums, changed.get('batch_stats', batch_stats)
 
-    def measure(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def measure(self, logits: jax.Array, batch: Batch, train: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns each example's weighted loss, its weight, and the weight again where it is correct.
 
         A mixed example (mix.py) counts as two, one for each of its labels, with the shares of their
         pixels as weights, whatever the loss is.
         """
         if 'mix' not in batch:
-            return self._measure_labels(logits, batch)
+            return self._measure_labels(logits, batch, train)
         own = {**batch, 'weight': batch['mix']}
         other = {**batch, 'label': batch['mixed_label'], 'weight': 1 - batch['mix']}
-        parts = (self._measure_labels(logits, labelled) for labelled in (own, other))
+        parts = (self._measure_labels(logits, labelled, train) for labelled in (own, other))
         losses, weights, correct = (a + b for a, b in zip(*parts, strict=True))
         return losses, weights, correct
 
-    def _measure_labels(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        losses, weights = self.loss(logits, batch)
+    def _measure_labels(
+        self, logits: jax.Array, batch: Batch, train: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        smoothing = {'label_smoothing': self.label_smoothing} if train and self.label_smoothing else {}
+        losses, weights = self.loss(logits, batch, **smoothing)
         if 'weight' in batch:  # 0 for the padding of the last batch of an evaluation
             mask = batch['weight'].reshape(batch['weight'].shape + (1,) * (weights.ndim - 1))
             # A masked loss may be NaN or infinite without harm.
@@ -67,7 +72,7 @@ class Forward:
 
 
 def make_forward(config: Any, apply_fn: Callable[..., Any]) -> Forward:
-    return Forward(apply_fn, import_loss(config), takes_train(create_model(config)))
+    return Forward(apply_fn, import_loss(config), takes_train(create_model(config)), config.label_smoothing)
 
 
 def check_model_and_loss(config: Any) -> None:
@@ -138,4 +143,15 @@ def _shapes(field: str, value: str, function: Callable[..., Any], *args: Any) ->
 
 
 def import_loss(config: Any) -> Loss:
-    return config_lib.import_object('loss', config_lib.BUILT_IN_LOSSES.get(config.loss, config.loss))
+    """Returns the loss that the config names.
+
+    Raises:
+      UserError: it cannot be imported, or is to smooth labels and cannot.
+    """
+    loss = config_lib.import_object('loss', config_lib.BUILT_IN_LOSSES.get(config.loss, config.loss))
+    if config.label_smoothing and 'label_smoothing' not in inspect.signature(loss).parameters:
+        raise UserError(
+            f'config.label_smoothing={config.label_smoothing:g}: config.loss={config.loss!r} takes no '
+            'argument label_smoothing; use 0, or give it one'
+        )
+    return loss

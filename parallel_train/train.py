@@ -81,7 +81,10 @@ def train_and_evaluate(
         # The state: the latest checkpoint's, on whatever devices there are now, or a new one.
         if processes.is_first():
             stack.enter_context(workdir_lib.hold(workdir))
-        checkpoints = stack.enter_context(open_checkpoints(workdir, job.config.keep_checkpoints, say=say))
+        keep = job.config.keep_checkpoints
+        checkpoints = stack.enter_context(
+            open_checkpoints(workdir, keep, say=say, snapshots=plan.snapshot_steps)
+        )
         plan.check_reaches(checkpoints.latest_step() or 0)
         learning_rate_fn = create_learning_rate_fn(job.config, plan.peak_learning_rate, plan.steps_per_epoch)
         template = abstract_state(job.config, learning_rate_fn)

@@ -238,7 +238,7 @@ def test_any_loss_is_a_sum_over_both_labels(loss: str) -> None:
         'mixed_label': jnp.asarray(rng.integers(0, 10, 6)),
         'mix': jnp.asarray(rng.uniform(size=6), jnp.float32),
     }
-    losses, weights, correct = forward.measure(logits, batch)
+    losses, weights, correct = forward.measure(logits, batch, train=True)
     one = weighted_loss if 'weighted' in loss else softmax_cross_entropy
     share = batch['mix']
     (a, wa), (b, wb) = (one(logits, {'label': batch[name]}) for name in ('label', 'mixed_label'))
