@@ -15,7 +15,8 @@ def get_config() -> config_dict.ConfigDict:
     config.seed = 0
 
     # What is trained. A name that is not built in is an import path, `my_package.my_module:MyModel`.
-    # cnn | fast_net | resnet_small | resnet18 | resnet50 | wide_resnet_28_10 | vit_s16 | or its import path
+    # cnn | fast_net | resnet_small | resnet18 | resnet50 | wide_resnet_16_2 | wide_resnet_28_10 | vit_s16
+    # | import path of a Linen module
     config.model = 'cnn'
     config.dtype = 'float32'  # of matrix products: float32 | bfloat16; parameters are float32 either way
     config.loss = 'softmax_cross_entropy'  # or the import path of a loss function

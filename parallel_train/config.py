@@ -33,6 +33,7 @@ BUILT_IN_MODELS = {
     'fast_net': 'parallel_train.models.fast:FastNet',
     'resnet18': 'parallel_train.models.resnet:ResNet18',
     'resnet50': 'parallel_train.models.resnet:ResNet50',
+    'wide_resnet_16_2': 'parallel_train.models.wide_resnet:WideResNet16x2',
     'wide_resnet_28_10': 'parallel_train.models.wide_resnet:WideResNet28x10',
     'vit_s16': 'parallel_train.models.vit:ViTS16',
 }

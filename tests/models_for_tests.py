@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallel_train import config as config_lib
+from parallel_train.models.wide_resnet import WideResNet28x10
 
 
 class NormDropoutNet(nn.Module):
@@ -58,3 +59,23 @@ def tiny(**fields: Any) -> Any:
         'batch_size': 32, 'num_epochs': 3.0, 'warmup_epochs': 1.0, 'learning_rate': 0.01,
         'log_every_steps': 3, 'eval_batch_size': 20, **fields,
     })  # fmt: skip
+
+
+def WideResNetShrunk(num_classes: int = 10, dtype: Any = jnp.float32) -> nn.Module:
+    """WRN-28-10 with fewer layers, and narrow."""
+    return WideResNet28x10(num_classes, dtype, blocks_per_stage=1, widening=1)
+
+
+def cifar10(split: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Noise of CIFAR-10's shape."""
+    return _colour_noise(split, 10)
+
+
+def cifar100(split: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    return _colour_noise(split, 100)
+
+
+def _colour_noise(split: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(len(split))
+    n = 256 if split == 'train' else 64
+    return rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % classes

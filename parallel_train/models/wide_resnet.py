@@ -59,3 +59,10 @@ class WideResNet28x10(nn.Module):
         x = nn.relu(norm()(x))
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         return nn.Dense(self.num_classes)(x)
+
+
+class WideResNet16x2(WideResNet28x10):
+    """WRN-16-2: three stages of two blocks, twice as wide: 693,082 parameters for Fashion-MNIST."""
+
+    blocks_per_stage: int = 2
+    widening: int = 2
