@@ -14,6 +14,11 @@ import jax.numpy as jnp
 from parallel_train.errors import UserError
 from parallel_train.randaugment import rand_augment
 
+_FIELDS = (
+    'random_crop_padding', 'random_flip', 'randaugment_layers', 'cutout_size', 'random_erasing',
+    'mixup_alpha', 'cutmix_alpha',
+)  # fmt: skip
+
 _TRIES = 10  # boxes that random erasing draws for an image
 
 # Each kind has a stream of its own, whichever others are on. (Crop and flip split the key itself: 0 and 1.)
@@ -57,14 +62,19 @@ def augment(
 
 
 def check_augmentation(config: Any) -> None:
-    """Raises UserError if an augmentation does not fit examples of `config.input_shape`."""
+    """Raises UserError if an augmentation is not for examples of `config.input_shape`."""
     shape = tuple(config.input_shape)
-    for field in ('random_crop_padding', 'cutout_size'):
-        value = config[field]
-        if value and value >= min(shape[:2]):
+    for field in _FIELDS:
+        if config[field] and len(shape) != 3:
             raise UserError(
-                f'config.{field}={value}: an image of {config.dataset!r} is {shape[0]}×{shape[1]} pixels; '
-                f'must be less than {min(shape[:2])}'
+                f'config.{field}={config[field]}: is for images, and examples of {config.dataset!r} are of '
+                f'shape {shape}; leave it out'
+            )
+    for field in ('random_crop_padding', 'cutout_size'):
+        if config[field] and config[field] >= min(shape[:2]):
+            raise UserError(
+                f'config.{field}={config[field]}: an image of {config.dataset!r} is {shape[0]}×{shape[1]} '
+                f'pixels; must be less than {min(shape[:2])}'
             )
 
 

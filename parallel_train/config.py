@@ -192,7 +192,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'random_crop_padding': _integer(0, 2**16),
     'random_flip': _boolean,
     'randaugment_layers': _integer(0, 14),
-    'randaugment_magnitude': _number(0, below=30.5),
+    'randaugment_magnitude': _number(0, below=31),
     'cutout_size': _integer(0, 2**16),
     'random_erasing': _probability,
     'mixup_alpha': _number(0, below=1e3),

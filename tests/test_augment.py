@@ -149,7 +149,7 @@ def test_randaugment_geometry_moves_pixels_by_its_formulas() -> None:
 
 
 def test_randaugment_draws_all_operations_alike() -> None:
-    n = 1400
+    n = 560
     image = images(1)[0]
     results = np.asarray(
         randaugment.rand_augment(jnp.asarray(np.repeat(image[None], n, axis=0)), keys(n), 1, 7.0)
@@ -165,7 +165,7 @@ def test_randaugment_draws_all_operations_alike() -> None:
     possible = np.asarray(apply(numbers, signs)).reshape(len(OPERATIONS), 2, *image.shape)
     for name, pair in zip(OPERATIONS, possible, strict=True):
         count = sum(kinds.pop(result, 0) for result in {one.tobytes() for one in pair})
-        assert 60 < count < 145, (name, count)  # 100 ± 4 standard deviations
+        assert 15 < count < 65, (name, count)  # 40 ± 4 standard deviations
     assert not kinds
     grey = np.asarray(randaugment.rand_augment(jnp.asarray(image[None, :, :, :1]), keys(1), 3, 7.0))
     assert grey.shape == (1, 24, 32, 1) and grey.dtype == np.uint8
