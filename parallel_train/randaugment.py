@@ -136,10 +136,10 @@ def _tables(image: jax.Array, factor: jax.Array, m: float) -> list[jax.Array]:
 
 def _equalized(image: jax.Array, same: jax.Array) -> jax.Array:
     """Makes the histogram of each channel flat, in whole numbers as PIL's `ImageOps.equalize`."""
-    pixels = image.reshape(-1, 1, image.shape[-1])
-    up_to = jnp.sum(pixels <= same, axis=0, dtype=jnp.int32)  # [256, channels]
-    below = jnp.concatenate([jnp.zeros_like(up_to[:1]), up_to[:-1]])
-    brightest = jnp.sum(pixels[:, 0] == jnp.max(pixels, axis=(0, 1)), axis=0, dtype=jnp.int32)
-    step = (up_to[-1] - brightest) // (_VALUES - 1)
+    pixels = image.reshape(-1, image.shape[-1]).astype(jnp.int32)
+    counts = jax.vmap(lambda x: jnp.bincount(x, length=_VALUES), in_axes=1, out_axes=1)(pixels)
+    below = jnp.cumsum(counts, axis=0) - counts
+    brightest = jnp.take_along_axis(counts, jnp.max(pixels, axis=0, keepdims=True), axis=0)
+    step = (len(pixels) - brightest) // (_VALUES - 1)
     equal = jnp.minimum((below + step // 2) // jnp.maximum(step, 1), _VALUES - 1).astype(jnp.uint8)
     return jnp.where(step > 0, equal, same)

@@ -151,9 +151,8 @@ def test_randaugment_geometry_moves_pixels_by_its_formulas() -> None:
 def test_randaugment_draws_all_operations_alike() -> None:
     n = 560
     image = images(1)[0]
-    results = np.asarray(
-        randaugment.rand_augment(jnp.asarray(np.repeat(image[None], n, axis=0)), keys(n), 1, 7.0)
-    )
+    rand_augment = jax.jit(randaugment.rand_augment, static_argnums=(2, 3))
+    results = np.asarray(rand_augment(np.repeat(image[None], n, axis=0), keys(n), 1, 7.0))
     kinds: dict[bytes, int] = {}
     for result in results:
         kinds[result.tobytes()] = kinds.get(result.tobytes(), 0) + 1
@@ -167,7 +166,7 @@ def test_randaugment_draws_all_operations_alike() -> None:
         count = sum(kinds.pop(result, 0) for result in {one.tobytes() for one in pair})
         assert 15 < count < 65, (name, count)  # 40 ± 4 standard deviations
     assert not kinds
-    grey = np.asarray(randaugment.rand_augment(jnp.asarray(image[None, :, :, :1]), keys(1), 3, 7.0))
+    grey = np.asarray(rand_augment(image[None, :, :, :1], keys(1), 3, 7.0))
     assert grey.shape == (1, 24, 32, 1) and grey.dtype == np.uint8
 
 
