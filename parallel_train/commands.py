@@ -84,7 +84,7 @@ def prepare(config: Any, values: Any) -> None:
     prepare_lib.prepare(config.dataset, data_dir, source)
     for split in dict.fromkeys((config.train_split, config.eval_split)):
         examples = dataset.load_split(config.dataset, split, data_dir)
-        print(f'{split}: {len(examples.images):,} images of {examples.images.shape[1:]}')
+        print(f'{split}: {len(examples.images):,} examples of {examples.images.shape[1:]}')
 
 
 def plan(config: Any, values: Any) -> None:
@@ -222,8 +222,8 @@ def evaluate(config: Any, values: Any) -> None:
     shape, classes = split.images.shape[1:], split.num_classes
     if shape != tuple(trained.input_shape) or classes > trained.num_classes:
         raise UserError(
-            f'config.dataset={trained.dataset!r}: has images {shape} in {classes} classes, but the model in '
-            f'{workdir} takes {tuple(trained.input_shape)} and knows {trained.num_classes}'
+            f'config.dataset={trained.dataset!r}: has examples {shape} in {classes} classes, but the model '
+            f'in {workdir} takes {tuple(trained.input_shape)} and knows {trained.num_classes}'
         )
     sizes = dataset.Sizes(0, len(split.images), split.images.shape[1:], split.num_classes, '')
     count = choose_devices(trained, sizes, values.devices, workdir, lambda _: None, measure=False)

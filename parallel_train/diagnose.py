@@ -1,7 +1,7 @@
 """Where did a number that is not finite come from?
 
 The state is frozen as it was before the step (update.py), so the step can be looked at again: shard by
-shard, on one device, without any exchange.
+shard, on one device, without any exchange (with `batch_norm='global'` too: by the shard's statistics).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _look_at(
       The first tensor that is not finite, '' if all are; and which of the shard's examples it comes from,
       bool [examples]: all where that cannot be told.
     """
-    forward = make_forward(config, state.apply_fn)
+    forward = make_forward(config, state.apply_fn, alone=True)
     shards = take_shards(state.step, state.key, data, config, plan, shard, 1)
     outputs: list[tuple[str, Any]] = []
 

@@ -16,6 +16,7 @@ from parallel_train import augment, batches, mix
 from parallel_train.forward import Batch, Forward
 from parallel_train.models import conv
 from parallel_train.plan import Plan
+from parallel_train.reduce import SHARD_AXIS
 from parallel_train.state import KEY_IMPL
 
 Sums = dict[str, Any]
@@ -76,7 +77,9 @@ def sums_of_shards(
         def shard_loss(shard: Batch, shard_key: jax.Array) -> Any:
             return forward(params, batch_stats, shard, True, shard_key)
 
-        loss, sums, stats = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(shard_loss)(*shards))
+        loss, sums, stats = jax.tree.map(
+            lambda x: jnp.sum(x, axis=0), jax.vmap(shard_loss, axis_name=SHARD_AXIS)(*shards)
+        )
         return loss, {**sums, 'batch_stats': stats}
 
     with conv.for_cpu(on_cpu):
@@ -89,12 +92,18 @@ def eval_sums(forward: Forward, params: Any, batch_stats: Any, batch: Batch) -> 
 
     'loss' (losses × weights), 'correct', 'weight', and 'examples', how many are not padding.
     """
-    batch = {**batch, 'image': augment.normalise(batch['image'])}
-    loss, sums, _ = forward(params, batch_stats, batch, train=False)
+    loss, sums, _ = forward(params, batch_stats, _as_model_takes(batch), train=False)
     return {'loss': loss, 'examples': jnp.sum(batch['weight']), **sums}
 
 
 def _prepare(batch: Batch, config: Any, key: jax.Array, epoch: jax.Array) -> Batch:
-    """Returns the batch as the model and the loss take it: augmented, float32 in [0, 1]."""
+    """Returns the batch as the model and the loss take it, images augmented."""
     images = augment.augment(batch['image'], key, epoch, batch['index'], config)
-    return {'image': augment.normalise(images), 'label': batch['label']}
+    return _as_model_takes({'image': images, 'label': batch['label']})
+
+
+def _as_model_takes(batch: Batch) -> Batch:
+    """Returns the batch with images as float32 in [0, 1], or with tokens as int32."""
+    if batch['image'].ndim > 2:
+        return {**batch, 'image': augment.normalise(batch['image'])}
+    return {**batch, 'image': batch['image'].astype(jnp.int32), 'label': batch['label'].astype(jnp.int32)}

@@ -52,7 +52,8 @@ def make_train_step(
         forward = make_forward(config, state.apply_fn)
 
         def one(state: TrainState) -> TrainState:
-            sums = reduce.sum_over_devices(_local_sums(state, data, config, plan, forward, is_cpu(mesh)))
+            sums = _local_sums(state, data, config, plan, forward, is_cpu(mesh))
+            sums = reduce.sum_step(sums, config.gradient_dtype)
             return apply_update(state, sums, plan, skip_nonfinite)
 
         if num_steps == 1:
@@ -60,8 +61,12 @@ def make_train_step(
         return jax.lax.scan(lambda s, _: (one(s), None), state, length=num_steps)[0]
 
     def train_step(state: TrainState, data: Batch) -> TrainState:
-        mapped = jax.shard_map(steps, mesh=mesh, in_specs=(P(), batches.specs(data)), out_specs=P())
-        return mapped(state, data)
+        # JAX does not check a sum over mapped shards and devices at once, as BatchNorm's is (batch_norm.py).
+        checked = config.batch_norm != 'global'
+        in_specs = (P(), batches.specs(data))
+        return jax.shard_map(steps, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=checked)(
+            state, data
+        )
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -74,7 +79,9 @@ def _local_sums(
     first = reduce.device_index() * count
     shards = take_shards(state.step, state.key, data, config, plan, first, count)
     params = reduce.to_local(state.params)
-    turns = cpu_turns(plan) if on_cpu else plan.accumulation_steps
+    turns = plan.accumulation_steps
+    if on_cpu and not forward.norm_over_batch:  # which takes all shards at once
+        turns = cpu_turns(plan)
     return _over_turns(
         lambda turn: sums_of_shards(forward, params, state.batch_stats, turn, on_cpu), shards, turns, on_cpu
     )

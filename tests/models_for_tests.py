@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallel_train import config as config_lib
-from parallel_train.models.wide_resnet import WideResNet28x10
+from parallel_train.models.resnet import BasicBlock, ResNet
+from parallel_train.models.wide_resnet import WideResNet
 
 
 class NormDropoutNet(nn.Module):
@@ -61,9 +62,30 @@ def tiny(**fields: Any) -> Any:
     })  # fmt: skip
 
 
+class NormNet(nn.Module):
+    """Convolution and BatchNorm, without dropout: the batch is all that its statistics depend on."""
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for stride in (2, 2):
+            x = nn.Conv(8, (3, 3), strides=(stride, stride))(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        return nn.Dense(self.num_classes)(x.reshape((x.shape[0], -1)))
+
+
+def small_resnet(remat: bool = False) -> nn.Module:
+    return ResNet(BasicBlock, (1,), num_classes=10, remat=remat)
+
+
+def small_resnet_again() -> nn.Module:
+    return small_resnet(remat=True)
+
+
 def WideResNetShrunk(num_classes: int = 10, dtype: Any = jnp.float32) -> nn.Module:
     """WRN-28-10 with fewer layers, and narrow."""
-    return WideResNet28x10(num_classes, dtype, blocks_per_stage=1, widening=1)
+    return WideResNet(blocks_per_stage=1, widening=1, num_classes=num_classes, dtype=dtype)
 
 
 def cifar10(split: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
