@@ -64,8 +64,8 @@ class FastNet(nn.Module):
         return logits if train else jnp.mean(jnp.stack(jnp.split(logits, 2)), axis=0)
 
     def _whitened_patches(self, x: jax.Array, train: bool) -> jax.Array:
-        grey = jnp.mean(x, axis=-1, keepdims=True)
-        filters = jnp.asarray(cosine_filters(self.patch))
+        grey = jnp.mean(x, axis=-1, keepdims=True).astype(self.dtype)
+        filters = jnp.asarray(cosine_filters(self.patch), self.dtype)
         x = jax.lax.conv_general_dilated(
             grey, filters, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
         )
