@@ -1,8 +1,8 @@
 """What does a shard of the batch compute? Its examples, its keys, and the sums that it adds to the step's.
 
 The global batch is `shards` equal parts, fixed by the config. What depends on a batch beyond its mean,
-BatchNorm's statistics and dropout's masks, belongs to a shard, so the function computed does not depend
-on the number of devices.
+BatchNorm's statistics, dropout's masks and who is mixed with whom, belongs to a shard, so the function
+computed does not depend on the number of devices.
 """
 
 from __future__ import annotations
