@@ -30,10 +30,12 @@ _IMPORT_PATH = re.compile(r'\w+(\.\w+)*:\w+')
 BUILT_IN_MODELS = {
     'cnn': 'parallel_train.models.cnn:CNN',
     'resnet_small': 'parallel_train.models.resnet_small:ResNetSmall',
+    'fast_net': 'parallel_train.models.fast:FastNet',
     'resnet18': 'parallel_train.models.resnet:ResNet18',
     'resnet34': 'parallel_train.models.resnet:ResNet34',
     'resnet50': 'parallel_train.models.resnet:ResNet50',
     'resnet101': 'parallel_train.models.resnet:ResNet101',
+    'wide_resnet_16_2': 'parallel_train.models.wide_resnet:WideResNet16x2',
     'wide_resnet_28_10': 'parallel_train.models.wide_resnet:WideResNet28x10',
     'wide_resnet_40_4': 'parallel_train.models.wide_resnet:WideResNet40x4',
     'vit_ti16': 'parallel_train.models.vit:ViTTi16',
@@ -124,6 +126,11 @@ def _number(minimum: float, exclusive: bool = False, below: float = math.inf) ->
     return check
 
 
+def _probability(value: Any) -> str | None:
+    fits = _number(0)(value) is None and value <= 1
+    return None if fits else 'must be a probability, from 0 to 1'
+
+
 def _boolean(value: Any) -> str | None:
     return None if isinstance(value, bool) else 'must be True or False'
 
@@ -199,6 +206,13 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'ema_decay': _number(0, below=1),
     'random_crop_padding': _integer(0, 2**16),
     'random_flip': _boolean,
+    'randaugment_layers': _integer(0, 14),
+    'randaugment_magnitude': _number(0, below=31),
+    'cutout_size': _integer(0, 2**16),
+    'random_erasing': _probability,
+    'mixup_alpha': _number(0, below=1e3),
+    'cutmix_alpha': _number(0, below=1e3),
+    'mix_probability': _probability,
     'log_every_steps': _integer(1),
     'eval_every_epochs': _number(0, below=MAX_STEPS),
     'checkpoint_every_epochs': _number(0, below=MAX_STEPS),

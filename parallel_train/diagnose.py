@@ -81,8 +81,7 @@ def _look_at(
         if isinstance(output, jax.Array) and not bool(jnp.all(jnp.isfinite(output))):
             return f'the output of {name}', _bad_rows(output) if len(output) == len(everyone) else everyone
     if not bool(jnp.isfinite(loss)):
-        losses, weights = forward.loss(outputs[-1][1], batch)
-        return 'the loss', _bad_rows(losses * weights)
+        return 'the loss', _bad_rows(forward.measure(outputs[-1][1], batch, True)[0])
     grads = jax.jit(lambda s: sums_of_shards(forward, s.params, s.batch_stats, shards))(state)['grads']
     if bad := _first_bad(grads):
         return f'the gradient of {bad}', _bad_alone(forward, state, batch, key)

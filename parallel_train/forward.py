@@ -44,6 +44,27 @@ class Forward:
                 mutable=['batch_stats'] if train else [],
                 **flags,
             )
+        losses, weights, correct = self.measure(logits, batch, train)
+        sums = {'correct': jnp.sum(correct), 'weight': jnp.sum(weights)}
+        return jnp.sum(losses), sums, changed.get('batch_stats', batch_stats)
+
+    def measure(self, logits: jax.Array, batch: Batch, train: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns each example's weighted loss, its weight, and the weight again where it is correct.
+
+        A mixed example (mix.py) counts as two, one for each of its labels, with the shares of their
+        pixels as weights, whatever the loss is.
+        """
+        if 'mix' not in batch:
+            return self._measure_labels(logits, batch, train)
+        own = {**batch, 'weight': batch['mix']}
+        other = {**batch, 'label': batch['mixed_label'], 'weight': 1 - batch['mix']}
+        parts = (self._measure_labels(logits, labelled, train) for labelled in (own, other))
+        losses, weights, correct = (a + b for a, b in zip(*parts, strict=True))
+        return losses, weights, correct
+
+    def _measure_labels(
+        self, logits: jax.Array, batch: Batch, train: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         smoothing = {'label_smoothing': self.label_smoothing} if train and self.label_smoothing else {}
         losses, weights = self.loss(logits, batch, **smoothing)
         if 'weight' in batch:  # 0 for the padding of the last batch of an evaluation
@@ -51,19 +72,14 @@ class Forward:
             # A masked loss may be NaN or infinite without harm.
             losses, weights = jnp.where(mask > 0, losses, 0), weights * mask
         correct = (jnp.argmax(logits, axis=-1) == batch['label']).astype(jnp.float32)  # of each prediction
-        sums = {'correct': jnp.sum(correct * weights), 'weight': jnp.sum(weights)}
-        return jnp.sum(losses * weights), sums, changed.get('batch_stats', batch_stats)
+        return losses * weights, weights, correct * weights
 
 
 def make_forward(config: Any, apply_fn: Callable[..., Any], alone: bool = False) -> Forward:
     """Returns the config's model and loss; `alone`: of one shard by itself, outside a train step."""
-    return Forward(
-        apply_fn,
-        import_loss(config),
-        takes_train(create_model(config)),
-        norm_over_batch=config.batch_norm == 'global' and not alone,
-        label_smoothing=config.label_smoothing,
-    )
+    over_batch = config.batch_norm == 'global' and not alone
+    passes_train = takes_train(create_model(config))
+    return Forward(apply_fn, import_loss(config), passes_train, over_batch, config.label_smoothing)
 
 
 def check_model_and_loss(config: Any) -> None:

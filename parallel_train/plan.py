@@ -257,6 +257,12 @@ def _check_fit(
         )
     if batch_size % parts:
         raise UserError(f'config.batch_size={batch_size}: must be divisible by shards={shards}; {near}')
+    for field in ('mixup_alpha', 'cutmix_alpha'):
+        if config[field] and batch_size == parts:
+            raise UserError(
+                f'config.{field}={config[field]:g}: mixes the examples of a shard, and each of the {parts} '
+                f'shards has one alone; use fewer shards, or a batch_size of at least {2 * parts}'
+            )
     if batch_size > num_train_examples:
         raise UserError(
             f'config.batch_size={batch_size}: is larger than the train split, which holds '

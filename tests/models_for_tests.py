@@ -12,6 +12,7 @@ import numpy as np
 
 from parallel_train import config as config_lib
 from parallel_train.models.resnet import BasicBlock, ResNet
+from parallel_train.models.wide_resnet import WideResNet
 
 
 class NormDropoutNet(nn.Module):
@@ -80,3 +81,23 @@ def small_resnet(remat: bool = False) -> nn.Module:
 
 def small_resnet_again() -> nn.Module:
     return small_resnet(remat=True)
+
+
+def WideResNetShrunk(num_classes: int = 10, dtype: Any = jnp.float32) -> nn.Module:
+    """WRN-28-10 with fewer layers, and narrow."""
+    return WideResNet(blocks_per_stage=1, widening=1, num_classes=num_classes, dtype=dtype)
+
+
+def cifar10(split: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Noise of CIFAR-10's shape."""
+    return _colour_noise(split, 10)
+
+
+def cifar100(split: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    return _colour_noise(split, 100)
+
+
+def _colour_noise(split: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(len(split))
+    n = 256 if split == 'train' else 64
+    return rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % classes

@@ -44,6 +44,8 @@ def wide_resnet(depth: int, widening: int, classes: int = 10) -> int:
 # norms, the last norm.
 SIZES = {
     'cnn': (FASHION, 824_458),
+    'fast_net': (FASHION, 867_194),
+    'wide_resnet_16_2': (FASHION, 691_386),
     'resnet18': (IMAGENET, 11_689_512),
     'resnet34': (IMAGENET, 21_797_672),
     'resnet50': (IMAGENET, 25_557_032),

@@ -64,6 +64,13 @@ class WideResNet(nn.Module):
         return nn.Dense(self.num_classes)(x)
 
 
+class WideResNet16x2(WideResNet):
+    """WRN-16-2: 691,386 parameters for Fashion-MNIST."""
+
+    blocks_per_stage: int = 2
+    widening: int = 2
+
+
 class WideResNet28x10(WideResNet):
     """WRN-28-10: 36,479,194 parameters for CIFAR-10; the paper's table 4 says 36.5 million."""
 
