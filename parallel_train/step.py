@@ -27,7 +27,7 @@ TrainStep = Callable[[TrainState, Batch], TrainState]
 
 
 def make_train_step(
-    config: Any, plan: Plan, mesh: Mesh, num_steps: int = 1, skip_nonfinite: int = 0
+    config: Any, plan: Plan, mesh: Mesh, num_steps: int = 1, skip_nonfinite: int = 0, exchange: bool = True
 ) -> TrainStep:
     """Returns the compiled-on-first-use `train_step(state, data) -> state`.
 
@@ -39,6 +39,8 @@ def make_train_step(
         `reduction='pmean'`.
       skip_nonfinite: how many steps whose loss or gradient is not finite are skipped; one more freezes
         the state (update.py).
+      exchange: False leaves out the exchange between devices, each of which then trains by itself: to measure
+        what it costs (scale_child.py).
 
     The state is donated: use the returned one. `data` is what a feed of `batches.py` gives. The gradient is
     that of sum(losses × weights) / sum(weights) over the global batch; loss, accuracy and gradient
@@ -46,13 +48,15 @@ def make_train_step(
     """
     if config.reduction == 'tree':
         assert num_steps == 1, num_steps
-        return tree.make_train_step(config, plan, mesh, skip_nonfinite)
+        return tree.make_train_step(config, plan, mesh, skip_nonfinite, exchange)
 
     def steps(state: TrainState, data: Batch) -> TrainState:
         forward = make_forward(config, state.apply_fn)
 
         def one(state: TrainState) -> TrainState:
-            sums = reduce.sum_over_devices(_local_sums(state, data, config, plan, forward, is_cpu(mesh)))
+            sums = _local_sums(state, data, config, plan, forward, is_cpu(mesh))
+            if exchange:
+                sums = reduce.sum_over_devices(sums)
             return apply_update(state, sums, plan, skip_nonfinite)
 
         if num_steps == 1:
@@ -60,7 +64,8 @@ def make_train_step(
         return jax.lax.scan(lambda s, _: (one(s), None), state, length=num_steps)[0]
 
     def train_step(state: TrainState, data: Batch) -> TrainState:
-        mapped = jax.shard_map(steps, mesh=mesh, in_specs=(P(), batches.specs(data)), out_specs=P())
+        specs = P(), batches.specs(data)
+        mapped = jax.shard_map(steps, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=exchange)
         return mapped(state, data)
 
     return jax.jit(train_step, donate_argnums=0)
