@@ -1,8 +1,8 @@
 """How fast is one size? A program: a request on stdin, then a line for each turn; answers on stdout.
 
-All are JSON objects, one a line. The first answer is {'ready': what is known before the first turn} or
-{'error': the user's mistake}; each turn is answered by {'turn': what was measured}. What libraries print
-goes to stderr. It ends when stdin does, so it never outlives its parent by more than a turn.
+All are JSON objects, one a line. The first answer is {'ready': what is known before the first turn},
+{'error': the user's mistake} or {'diverged': why}; each turn is answered by {'turn': what was measured}.
+What libraries print goes to stderr. It ends when stdin does, so it never outlives its parent by more than a turn.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from parallel_train import config as config_lib
 from parallel_train import processes
 from parallel_train.cluster import Cluster
-from parallel_train.errors import UserError
+from parallel_train.errors import Diverged, UserError
 from parallel_train.scale_sizes import LEAD
 
 
@@ -44,6 +44,9 @@ def main() -> None:
         answer(ready=bench.facts())
     except UserError as error:
         answer(error=str(error))
+        return
+    except Diverged as error:
+        answer(diverged=str(error))
         return
     used, since = time.process_time(), time.perf_counter()
     for line in sys.stdin:
@@ -182,9 +185,9 @@ class Bench:
             sums.append(of_step)
         self._next = self._steps
         if int(state.skipped):
-            raise UserError(
-                f'config.learning_rate={self._config.learning_rate:g}: loss or gradient are not finite '
-                f'within the first {self._steps} steps of {self._plan.num_devices} devices; use a lower one'
+            raise Diverged(
+                f'training diverged: loss or gradient is not finite within the first {self._steps} steps on '
+                f'{self._plan.num_devices} devices; lower config.learning_rate={self._config.learning_rate:g}'
             )
         return state, [float(s['loss']) for s in jax.device_get(sums)]
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from parallel_train.errors import UserError
+from parallel_train.errors import Diverged, UserError
 
 _LAST = 4000  # characters of the log that are shown of a process that failed
 _SECONDS_TO_END = 30.0
@@ -56,7 +56,7 @@ class Group:
         """Returns what they say once they are compiled and warm.
 
         Raises:
-          UserError: theirs.
+          UserError, Diverged: theirs.
         """
         return self._answer('ready')
 
@@ -120,8 +120,7 @@ class Group:
                         self._begun[key.data] = rest
                         answers[key.data] = json.loads(line)
                         selector.unregister(key.fileobj)
-                        if 'error' in answers[key.data]:
-                            raise UserError(answers[key.data]['error'])
+                        _raise(answers[key.data])
         return answers[0][what]
 
     def _fail(self, index: int) -> None:
@@ -130,6 +129,12 @@ class Group:
         raise RuntimeError(
             f'process {index} that measures ended with code {code}:\n{self._logs[index].read()[-_LAST:]}'
         )
+
+
+def _raise(answer: dict[str, Any]) -> None:
+    for kind, error in (('error', UserError), ('diverged', Diverged)):
+        if kind in answer:
+            raise error(answer[kind])
 
 
 def gpus_of_each(num_processes: int, num_devices: int) -> tuple[dict[str, str], ...]:

@@ -50,8 +50,8 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     if shares_cores(results):
         told.append(
             f"NOT A SCALING EFFICIENCY: all of these XLA devices share this machine's {machine['cores']} CPU "
-            'cores. "Efficiency" is here images/s of a device against that of the smallest size: what splitting '
-            'the work costs or gains on one machine. It says nothing about devices of their own.'
+            'cores. "Efficiency" is here images/s of a device against that of the smallest size: what '
+            'splitting the work costs or gains on one machine. It says nothing about devices of their own.'
         )
     differences = [row for row in rows if row.get('loss_difference') is not None]
     if len(differences) > 1:
