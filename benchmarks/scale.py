@@ -1,9 +1,9 @@
 """Does `scale` measure what `overhead.py` measures? Images/s of the one ÷ images/s of the other.
 
-`scale`'s step with the real feed against `train`'s own loop, and its step on a resident batch against the bare
-compiled step: the same batch, devices and data. `scale`'s process and this one take turns; the ratio is formed
-within each round. They agree where 1 lies between the quartiles of the ratio, or the ratio's distance from 1
-is less than what either moves from round to round.
+`scale`'s step with the real feed against `train`'s own loop, and its step on a resident batch against the
+bare compiled step: the same batch, devices and data. `scale`'s process and this one take turns; the ratio is
+formed within each round. They agree where 1 lies between the quartiles of the ratio, or the ratio's distance
+from 1 is less than what either moves from round to round.
 
     python benchmarks/scale.py [--data_dir=DIR] [--devices=N] [--rounds=9] [--batch_size=256]
 """

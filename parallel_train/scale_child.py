@@ -2,7 +2,8 @@
 
 All are JSON objects, one a line. The first answer is {'ready': what is known before the first turn},
 {'error': the user's mistake} or {'diverged': why}; each turn is answered by {'turn': what was measured}.
-What libraries print goes to stderr. It ends when stdin does, so it never outlives its parent by more than a turn.
+What libraries print goes to stderr. It ends when stdin does, so it never outlives its parent by more than
+a turn.
 """
 
 from __future__ import annotations

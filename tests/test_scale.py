@@ -136,7 +136,7 @@ def test_page_and_plots(strong: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_what_is_measured_is_kept(strong: tuple[Path, dict[str, Any]], things: Path, tmp_path: Path) -> None:
-    """After a kill, and with more sizes: only what is missing is measured, beside what it is compared with."""
+    """After a kill, and with more sizes: what is missing is measured, beside what they are compared with."""
     workdir, before = tmp_path / 'run', json.loads((strong[0] / 'scale.json').read_text())
     workdir.mkdir()
     lost = before['turns'].pop()  # as if killed before it
