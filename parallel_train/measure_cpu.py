@@ -49,7 +49,7 @@ def measure_on_cpu(
       say: shows a line of progress.
     """
     others: list[Compiled] = []
-    for batch_size in _other_batch_sizes(compiled.plan.shards, compiled.plan.batch_size):
+    for batch_size in other_batch_sizes(compiled.plan.shards, compiled.plan.batch_size):
         if len(others) < _CALIBRATION_SIZES and batch_size <= sizes.num_train_examples:
             changed = config.copy_and_resolve_references().unlock()
             changed.batch_size = batch_size
@@ -65,7 +65,7 @@ def measure_on_cpu(
     return Measured(measured, model.predict(compiled.flops * mesh.size))
 
 
-def _other_batch_sizes(shards: int, batch_size: int) -> list[int]:
+def other_batch_sizes(shards: int, batch_size: int) -> list[int]:
     """Returns batch sizes around the given one, nearest first, with as many shards and devices."""
     examples = batch_size // shards
     around = [examples // 2, examples * 2, examples // 4, examples * 4, examples * 3]
