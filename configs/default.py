@@ -15,10 +15,16 @@ def get_config() -> config_dict.ConfigDict:
     config.seed = 0
 
     # What is trained. A name that is not built in is an import path, `my_package.my_module:MyModel`.
-    # cnn | resnet_small | resnet18 | resnet50 | wide_resnet_28_10 | vit_s16 | import path of a Linen module
+    # cnn | fast_net | resnet_small | resnet18 | resnet34 | resnet50 | resnet101 | wide_resnet_16_2 |
+    # wide_resnet_28_10 | wide_resnet_40_4 | vit_ti16 | vit_s16 | vit_b16 | transformer_small | import path of
+    # a Linen module
     config.model = 'cnn'
     config.dtype = 'float32'  # of matrix products: float32 | bfloat16; parameters are float32 either way
-    config.loss = 'softmax_cross_entropy'  # or the import path of a loss function
+    config.remat = False  # the backward pass computes each block's activations again: less memory
+    # Over what BatchNorm takes statistics in training: shard | global (the whole batch, as SyncBN does).
+    config.batch_norm = 'shard'
+    # softmax_cross_entropy | next_byte_cross_entropy (rows of bytes) | import path of a loss function
+    config.loss = 'softmax_cross_entropy'
     config.label_smoothing = 0.0  # this part of each label goes to all classes alike, in training alone
 
     # On what. A TFDS name, or the import path of a function that returns arrays.
@@ -30,7 +36,7 @@ def get_config() -> config_dict.ConfigDict:
     # not given. The counts are of the splits as sliced above.
     config.num_train_examples = 0
     config.num_eval_examples = 0
-    config.input_shape = ()  # one image: (height, width, channels)
+    config.input_shape = ()  # one image: (height, width, channels); one row of tokens: (length,)
     config.num_classes = 0
 
     # How long, in how large steps.
@@ -44,6 +50,9 @@ def get_config() -> config_dict.ConfigDict:
     # How gradients are added over the devices: pmean (one all-reduce) | tree (the same bits on any number of
     # devices and processes; needs `shards`, a power of two).
     config.reduction = 'pmean'
+    config.gradient_dtype = (
+        'float32'  # that gradients travel in between devices: float32 | bfloat16 (half the bytes)
+    )
 
     # The rate of each step: docs/schedules.md draws them all. Rates at the ends are not scaled.
     # After a linear warmup: cosine | cosine_restarts (SGDR) | linear | polynomial | steps | rsqrt (with a
@@ -82,6 +91,14 @@ def get_config() -> config_dict.ConfigDict:
     # Augmentation on the device, a function of (seed, epoch, example).
     config.random_crop_padding = 0  # pixels of zeros around the image before a random crop; 0: no crop
     config.random_flip = False  # mirror left to right with probability 1/2
+    config.randaugment_layers = 0  # RandAugment's N, operations on each image; 0: none
+    config.randaugment_magnitude = 9.0  # its M; 10 is AutoAugment's largest
+    config.cutout_size = 0  # side of a square in pixels that gets the image's mean; 0: none
+    config.random_erasing = 0.0  # probability that a random box becomes noise
+    # Of two examples of one shard, a function of (seed, step, shard); if both are on, either, by chance.
+    config.mixup_alpha = 0.0  # shares of a shard's pairs from Beta(α, α); 0: none
+    config.cutmix_alpha = 0.0  # likewise, of a box
+    config.mix_probability = 1.0  # that a shard is mixed at all
 
     # When something happens. Evaluation and checkpoint also come after the last step.
     config.log_every_steps = 50

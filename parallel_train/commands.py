@@ -31,11 +31,12 @@ FLAGS = {
     'devices': Flag('integer', 'devices to use; on CPU, XLA devices to make'),
     'debug': Flag('boolean', 'show tracebacks of user errors'),
     'from': Flag('string', 'prepare: folder with the four IDX files'),
-    'json': Flag('boolean', 'plan, evaluate, compile, doctor: JSON alone on stdout'),
+    'json': Flag('boolean', 'plan, evaluate, compile, scale, doctor: JSON alone on stdout'),
     'step': Flag('integer', 'evaluate: which checkpoint (default: the latest)'),
     'ensemble': Flag('boolean', "evaluate: the run's snapshots, each and together"),
     'raw': Flag('boolean', 'evaluate: the parameters themselves, not their moving averages'),
     'skip_nonfinite': Flag('integer', 'train: leave out up to so many steps that are not finite'),
+    'profile_steps': Flag('string', 'train: write a trace of these steps, such as 100:110, into the workdir'),
     'coordinator': Flag('string', 'HOST:PORT of process 0, in a job of several processes'),
     'num_processes': Flag('integer', 'how many processes the job has'),
     'process_id': Flag('integer', 'which of them this is, from 0'),
@@ -44,6 +45,11 @@ FLAGS = {
     'stall_timeout': Flag('float', 'seconds without a step after which a process is stuck (600; 0: never)'),
     'topology': Flag('string', 'compile: for which hardware, such as v5e:2x4,v5p:4x4x4,cpu:8'),
     'fit': Flag('boolean', 'compile: search the largest batch that fits'),
+    'device_counts': Flag('string', 'scale: how many devices to measure on, such as 1,2,4,8'),
+    'mode': Flag('string', 'scale: weak, strong or weak,strong (default: both)'),
+    'processes': Flag('string', 'scale: in how many processes, such as 1,2 (default: 1)'),
+    'steps': Flag('integer', 'scale: timed steps in a stretch (50)'),
+    'rounds': Flag('integer', 'scale: how many turns each size has (5)'),
     'allow_plan_change': Flag('boolean', 'train: continue a job although its config or plan changed'),
 }  # fmt: skip
 
@@ -84,7 +90,7 @@ def prepare(config: Any, values: Any) -> None:
     prepare_lib.prepare(config.dataset, data_dir, source)
     for split in dict.fromkeys((config.train_split, config.eval_split)):
         examples = dataset.load_split(config.dataset, split, data_dir)
-        print(f'{split}: {len(examples.images):,} images of {examples.images.shape[1:]}')
+        print(f'{split}: {len(examples.images):,} examples of {examples.images.shape[1:]}')
 
 
 def plan(config: Any, values: Any) -> None:
@@ -152,6 +158,41 @@ def compile_step(config: Any, values: Any) -> None:
         raise DoesNotFit(f'does not fit: {", ".join(misfits)}')
 
 
+def scale(config: Any, values: Any) -> None:
+    workdir = _workdir(values)
+    from parallel_train import config as config_lib
+    from parallel_train import dataset, scale_sizes
+    from parallel_train.scale import run_scale
+    from parallel_train.show_scale import scale_table
+
+    if not values.device_counts:
+        raise UserError('device_counts: is missing; name some, such as --device_counts=1,2,4,8')
+    if values.devices is not None:
+        raise UserError(f'devices={values.devices}: scale takes the numbers of devices from --device_counts')
+    data_dir = dataset.default_data_dir(values.data_dir)
+    sizes = dataset.find_sizes(config, data_dir)
+    config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
+    experiment = scale_sizes.plan_experiment(
+        config,
+        sizes,
+        scale_sizes.modes_of('weak,strong' if values.mode is None else values.mode),
+        scale_sizes.numbers('device_counts', values.device_counts),
+        scale_sizes.numbers('processes', '1' if values.processes is None else values.processes),
+        50 if values.steps is None else values.steps,
+        5 if values.rounds is None else values.rounds,
+    )
+    for split in (config.train_split, config.eval_split):
+        dataset.load_split(config.dataset, split, data_dir)  # decoded once, by one process
+    results = run_scale(
+        config, sizes, experiment, workdir, data_dir, lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    if values.json:
+        print(json.dumps(results, indent=1))
+    else:
+        print(scale_table(results))
+        print(f'\npage: {(workdir / "scale.html").resolve()}')
+
+
 def train(config: Any, values: Any) -> None:
     workdir = _workdir(values)
     skip = values.skip_nonfinite or 0
@@ -161,7 +202,14 @@ def train(config: Any, values: Any) -> None:
     from parallel_train.train import train_and_evaluate
 
     train_and_evaluate(
-        config, workdir, values.data_dir, values.devices, values.allow_plan_change, skip, limits
+        config,
+        workdir,
+        values.data_dir,
+        values.devices,
+        values.allow_plan_change,
+        skip,
+        limits,
+        values.profile_steps,
     )
 
 
@@ -222,8 +270,8 @@ def evaluate(config: Any, values: Any) -> None:
     shape, classes = split.images.shape[1:], split.num_classes
     if shape != tuple(trained.input_shape) or classes > trained.num_classes:
         raise UserError(
-            f'config.dataset={trained.dataset!r}: has images {shape} in {classes} classes, but the model in '
-            f'{workdir} takes {tuple(trained.input_shape)} and knows {trained.num_classes}'
+            f'config.dataset={trained.dataset!r}: has examples {shape} in {classes} classes, but the model '
+            f'in {workdir} takes {tuple(trained.input_shape)} and knows {trained.num_classes}'
         )
     sizes = dataset.Sizes(0, len(split.images), split.images.shape[1:], split.num_classes, '')
     count = choose_devices(trained, sizes, values.devices, workdir, lambda _: None, measure=False)
@@ -290,10 +338,21 @@ COMMANDS = {
         'compile the train step for hardware that is not here; says whether it fits',
         compile_step, ('topology', 'fit', 'json', 'data_dir', 'workdir', 'devices', 'debug'),
     ),
+    'scale': Command(
+        'measure how the speed changes with the number of devices; table, JSON, plots, page',
+        scale,
+        (
+            'device_counts', 'mode', 'processes', 'steps', 'rounds', 'workdir', 'data_dir', 'json', 'devices',
+            'debug',
+        ),
+    ),
     'train': Command(
         'train, evaluate and checkpoint into --workdir; resumes by itself',
         train,
-        ('workdir', 'data_dir', 'devices', 'allow_plan_change', 'skip_nonfinite', *_PROCESS_FLAGS, 'debug'),
+        (
+            'workdir', 'data_dir', 'devices', 'allow_plan_change', 'skip_nonfinite', 'profile_steps',
+            *_PROCESS_FLAGS, 'debug',
+        ),
     ),
     'doctor': Command(
         'self-test of this machine or job, one line a check',

@@ -27,7 +27,7 @@ def load_model(
 
     Returns:
       The Linen module, and its variables ('params', and 'batch_stats' if it has any) on the first
-      device. Images are float32 in [0, 1], [batch, height, width, channels].
+      device. Images are float32 in [0, 1], [batch, height, width, channels]; tokens int32 [batch, length].
 
     Raises:
       UserError: the workdir holds no such checkpoint, or a model of its own code.

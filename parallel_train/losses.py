@@ -32,3 +32,17 @@ def softmax_cross_entropy(
         of_all_classes = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
         losses = (1 - label_smoothing) * losses + label_smoothing * of_all_classes
     return losses, jnp.ones_like(losses)
+
+
+def next_byte_cross_entropy(logits: jax.Array, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of softmax(logits) against the bytes of a text, every byte with weight 1.
+
+    Zeros, which no text holds, fill the last row of a split and have weight 0.
+
+    Args:
+      logits: [batch, length, num_classes], of the byte at each place given those before it; computed on in
+        float32.
+      batch: 'label' is int [batch, length], the bytes themselves.
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch['label'])
+    return losses, (batch['label'] != 0).astype(jnp.float32)

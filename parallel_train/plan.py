@@ -247,6 +247,7 @@ def _check_fit(
             f"config.shards={shards}: must be a power of two with config.reduction='tree', which adds the "
             f'shards in a binary tree; such as {1 << max(turns - 1, 0).bit_length()}'
         )
+    _check_exchange(config)
     parts = shards or turns  # a multiple of `turns` either way
     near = _near_multiples(batch_size, parts, at_most=num_train_examples)
     if batch_size % turns:
@@ -256,10 +257,34 @@ def _check_fit(
         )
     if batch_size % parts:
         raise UserError(f'config.batch_size={batch_size}: must be divisible by shards={shards}; {near}')
+    for field in ('mixup_alpha', 'cutmix_alpha'):
+        if config[field] and batch_size == parts:
+            raise UserError(
+                f'config.{field}={config[field]:g}: mixes the examples of a shard, and each of the {parts} '
+                f'shards has one alone; use fewer shards, or a batch_size of at least {2 * parts}'
+            )
     if batch_size > num_train_examples:
         raise UserError(
             f'config.batch_size={batch_size}: is larger than the train split, which holds '
             f'{num_train_examples} examples; {near}'
+        )
+
+
+def _check_exchange(config: Any) -> None:
+    if config.reduction == 'tree' and config.gradient_dtype != 'float32':
+        raise UserError(
+            f"config.gradient_dtype={config.gradient_dtype!r}: cannot be used with config.reduction='tree', "
+            'which adds float32; use float32, or pmean'
+        )
+    if config.batch_norm == 'global' and config.reduction == 'tree':
+        raise UserError(
+            "config.batch_norm='global': cannot be used with config.reduction='tree', which computes one "
+            'shard at a time; use shard, or pmean'
+        )
+    if config.batch_norm == 'global' and config.accumulation_steps > 1:
+        raise UserError(
+            f"config.batch_norm='global': cannot be used with config.accumulation_steps="
+            f'{config.accumulation_steps}, as the turns know nothing of one another; use shard, or 1'
         )
 
 

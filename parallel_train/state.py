@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from parallel_train import config as config_lib
 from parallel_train.errors import UserError
+from parallel_train.examples import is_tokens, kind
 from parallel_train.mesh import replicated
 from parallel_train.optimizers import create_optimizer
 
@@ -56,7 +57,7 @@ def zero_sums() -> dict[str, jax.Array]:
 def create_model(config: Any) -> nn.Module:
     """Returns the Linen module that `config.model` names.
 
-    The class is called with `num_classes` and `dtype` of the config where it has such fields.
+    The class is called with `num_classes`, `dtype` and `remat` of the config where it has such fields.
 
     Raises:
       UserError: it cannot be imported, or gives no Linen module.
@@ -65,10 +66,17 @@ def create_model(config: Any) -> nn.Module:
     factory = config_lib.import_object('model', path)
     if not callable(factory):
         raise UserError(f'config.model={config.model!r}: must name a Linen module class')
-    known = {'num_classes': config.num_classes or GUIDE_NUM_CLASSES, 'dtype': jnp.dtype(config.dtype)}
+    known = {
+        'num_classes': config.num_classes or GUIDE_NUM_CLASSES,
+        'dtype': jnp.dtype(config.dtype),
+        'remat': config.remat,
+    }
     fields = {name: value for name, value in known.items() if name in inspect.signature(factory).parameters}
-    if 'dtype' not in fields and config.dtype != 'float32':
-        raise UserError(f'config.dtype={config.dtype!r}: {config.model} has no field dtype; use float32')
+    for name, without in (('dtype', 'float32'), ('remat', False)):
+        if name not in fields and config[name] != without:
+            raise UserError(
+                f'config.{name}={config[name]!r}: {config.model} has no field {name}; use {without}'
+            )
     try:
         model = factory(**fields)
     except TypeError as error:
@@ -105,16 +113,17 @@ def create_train_state(rng: jax.Array, config: Any, learning_rate_fn: Any) -> Tr
       A state on the default device. `apply_fn` is the model's `apply`, as in Flax.
 
     Raises:
-      UserError: the model does not take images of the config's input shape.
+      UserError: the model does not take examples of the config's input shape.
     """
     config = config_lib.complete(config)
     model = create_model(config)
     shape = tuple(config.input_shape) or GUIDE_INPUT_SHAPE
     try:
-        variables = model.init(rng, jnp.ones((1, *shape), jnp.float32), **eval_flags(model))
+        dtype = jnp.int32 if is_tokens(shape) else jnp.float32
+        variables = model.init(rng, jnp.ones((1, *shape), dtype), **eval_flags(model))
     except Exception as error:  # whatever the model says to an image that it does not take
         raise UserError(
-            f'config.model={config.model!r}: does not take images of shape {shape}: '
+            f'config.model={config.model!r}: does not take {kind(shape)} of shape {shape}: '
             f'{type(error).__name__}: {error}'
         ) from error
     key = jax.random.key(config.seed, impl=KEY_IMPL)
