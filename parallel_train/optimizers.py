@@ -28,9 +28,9 @@ def create_optimizer(config: Any, learning_rate_fn: Any) -> optax.GradientTransf
       `trust_coefficient` · ‖w‖ / ‖g + λw‖ and η goes into the momentum.
     - lamb (You et al. 2020, algorithm 2): u = Adam's direction + λw, times ‖w‖ / ‖u‖ and η.
     - lion (Chen et al. 2023, program 1): the sign of a mean of g and momentum, + λw, times η.
-    - muon (Jordan et al. 2024): the momentum of each matrix made orthogonal, scaled by 0.2·√(longer side) so
-      that rates made for AdamW fit (Liu et al. 2025); + λw, times η. What is no matrix (norms, biases, tables
-      of embeddings) gets Adam's direction. (Its authors leave the last layer to Adam too.)
+    - muon (Jordan et al. 2024): the momentum of each array that Flax names `kernel`, made an orthogonal matrix,
+      scaled by 0.2·√(longer side) so that rates made for AdamW fit (Liu et al. 2025); + λw, times η. All else
+      (norms, biases, embeddings) gets Adam's direction. (Its authors leave the last layer to Adam too.)
 
     λ is 0 for norms and biases unless `decay_norm_and_bias`; LARS and LAMB never scale theirs.
     """
@@ -100,7 +100,7 @@ def _update_rule(config: Any, rate: Any) -> optax.GradientTransformation:
 
 
 def _is_matrix(path: Any, x: jax.Array) -> bool:
-    return _is_kernel(path, x) and _names(path)[-1] != 'embedding'
+    return x.ndim > 1 and _names(path)[-1] == 'kernel'
 
 
 def _axes(path: Any, x: jax.Array) -> Any:

@@ -32,7 +32,7 @@ class NormDropoutNet(nn.Module):
         return nn.Dense(self.num_classes)(x)
 
 
-class NormNet(nn.Module):
+class DenseNormNet(nn.Module):
     """Kernels, biases, scales and statistics, in little: quick to compile."""
 
     num_classes: int = 10

@@ -227,7 +227,7 @@ def options(optimizer: str, **fields: Any) -> Any:
 
 
 def normed(**fields: Any) -> Any:
-    return make_config('linear', model='tests.models_for_tests:NormNet', **fields)
+    return make_config('linear', model='tests.models_for_tests:DenseNormNet', **fields)
 
 
 @functools.cache
