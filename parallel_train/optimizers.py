@@ -28,7 +28,7 @@ def create_optimizer(config: Any, learning_rate_fn: Any) -> optax.GradientTransf
       `trust_coefficient` · ‖w‖ / ‖g + λw‖ and η goes into the momentum.
     - lamb (You et al. 2020, algorithm 2): u = Adam's direction + λw, times ‖w‖ / ‖u‖ and η.
     - lion (Chen et al. 2023, program 1): the sign of a mean of g and momentum, + λw, times η.
-    - muon (Jordan et al. 2024): the momentum of each array that Flax names `kernel`, made an orthogonal matrix,
+    - muon (Jordan et al. 2024): the momentum of each array that Flax names `kernel`, made orthogonal and
       scaled by 0.2·√(longer side) so that rates made for AdamW fit (Liu et al. 2025); + λw, times η. All else
       (norms, biases, embeddings) gets Adam's direction. (Its authors leave the last layer to Adam too.)
 
