@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 import re
@@ -56,6 +57,16 @@ def check_trace(folder: Path, process: int) -> dict[str, Any]:
     return summary
 
 
+def check_xprof_opens(trace: Path) -> None:
+    """What XProf's trace viewer is given holds the exchanges; where XProf is installed."""
+    if importlib.util.find_spec('xprof') is None:
+        return
+    from xprof.convert import raw_to_tool_data
+
+    viewed, _ = raw_to_tool_data.xspace_to_tool_data([str(trace)], 'trace_viewer', {})
+    assert sum('all-reduce' in str(event.get('name')) for event in json.loads(viewed)['traceEvents']) > 0
+
+
 def test_a_trace_of_some_steps_which_changes_no_number(
     things: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
@@ -68,6 +79,7 @@ def test_a_trace_of_some_steps_which_changes_no_number(
     assert found, traced.stdout
     assert float(found[1]) == pytest.approx(100 * summary['compute'], abs=0.06)
     assert str((tmp_path / 'traced' / SESSION).resolve()) in traced.stdout
+    check_xprof_opens(tmp_path / 'traced' / SESSION / 'process_0.xplane.pb')
     rows = [without_timing(read_rows(tmp_path / name)) for name in ('plain', 'traced')]
     assert rows[0] == rows[1]
     digests = [re.search('sha256.*', result.stdout) for result in (plain, traced)]
