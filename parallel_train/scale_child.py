@@ -68,6 +68,7 @@ def machine_facts(config: Any, most_devices: int, num_processes: int) -> dict[st
     from parallel_train.forward import check_model_and_loss
     from parallel_train.machine import cores
     from parallel_train.mesh import MAX_CPU_DEVICES
+    from parallel_train.preflight import code_version
 
     device, there = jax.devices()[0], len(jax.devices())
     if device.platform == 'cpu':
@@ -86,6 +87,7 @@ def machine_facts(config: Any, most_devices: int, num_processes: int) -> dict[st
         'cores': cores(),
         'jax': jax.__version__,
         'jaxlib': jax.lib.__version__,
+        'code of parallel_train': code_version(),
     }
 
 
