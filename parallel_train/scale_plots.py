@@ -77,7 +77,7 @@ def losses_figure(rows: Sequence[Row]) -> Figure:
         differences = [abs(a - b) or math.nan for a, b in zip(row['losses'], first['losses'], strict=True)]
         name = f'{row["num_devices"]} devices'
         if row['num_processes'] > 1:
-            name = f'in {row["num_processes"]} processes'
+            name = f'{row["num_devices"]} in {row["num_processes"]} processes'
         style: dict[str, Any] = {'markersize': 3.5, 'linewidth': 0.8, 'alpha': 1 - 0.6 * i / len(others)}
         marker = f'-{_MARKERS[i % len(_MARKERS)]}'
         axes.plot(steps, differences, marker, color=LIGHT['eval'], label=name, **style)
@@ -89,4 +89,5 @@ def losses_figure(rows: Sequence[Row]) -> Figure:
 
 def _legend(axes: Axes, place: str, anchor: tuple[float, float] | None = None, ncols: int = 1) -> None:
     style: dict[str, Any] = {'frameon': False, 'fontsize': 11, 'labelcolor': LIGHT['ink']}
-    axes.legend(loc=place, bbox_to_anchor=anchor, ncols=ncols, handlelength=1.6, **style)
+    style |= {'loc': place, 'bbox_to_anchor': anchor, 'ncols': ncols, 'handlelength': 1.6}
+    axes.legend(**style)
