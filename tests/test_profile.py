@@ -94,6 +94,7 @@ def test_a_trace_of_some_steps_which_changes_no_number(
     assert 'already complete' in again.stdout
 
 
+@pytest.mark.slow
 def test_every_process_writes_its_trace(things: Path, tmp_path: Path, env: dict[str, str]) -> None:
     line = train_line(things, tmp_path / 'run', f'--profile_steps={FIRST}:{LAST}')
     local = [

@@ -135,6 +135,7 @@ def test_page_and_plots(strong: tuple[Path, dict[str, Any]]) -> None:
         assert (workdir / 'plots' / f'{name}.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_kept(strong: tuple[Path, dict[str, Any]], things: Path, tmp_path: Path) -> None:
     """After a kill, and with more sizes: what is missing is measured, beside what they are compared with."""
     workdir, before = tmp_path / 'run', json.loads((strong[0] / 'scale.json').read_text())
