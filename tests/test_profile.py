@@ -17,7 +17,7 @@ import pytest
 from parallel_train.errors import UserError
 from parallel_train.profile_shares import Operation, Shares, covered, read_operations, shares
 from parallel_train.profiling import Profiler, Steps, parse
-from tests.conftest import ROOT, Job, environment, read_rows, run_ok, without_timing
+from tests.conftest import ROOT, environment, read_rows, run_cli, run_ok, without_timing
 from tests.test_scale import things  # noqa: F401, a fixture
 
 # ruff: noqa: F811, the fixture again
@@ -117,13 +117,16 @@ def test_ranges_that_are_none(text: str) -> None:
         parse(text)
 
 
-@pytest.mark.parametrize('steps', ['10:10', '20:1000'])
-def test_bad_ranges_are_refused(job: Job, tmp_path: Path, steps: str) -> None:
-    from tests.conftest import run_cli
-
-    result = run_cli(*job.train(tmp_path / 'run', f'--profile_steps={steps}'))
+@pytest.mark.parametrize(
+    ('steps', 'shown'), [('10:10', "'10:10'"), ('20:1000', '20:1000: the run has 32 steps')]
+)
+def test_bad_ranges_are_refused(
+    things: Path, tmp_path: Path, env: dict[str, str], steps: str, shown: str
+) -> None:
+    line = train_line(things, tmp_path / 'run', '--devices=2', f'--profile_steps={steps}')
+    result = run_cli(*line, env=env)
     assert result.code == 2, result
-    assert result.stderr.startswith(f'error: profile_steps={steps if steps == "20:1000" else repr(steps)}')
+    assert result.stderr.startswith(f'error: profile_steps={shown}')
     assert not (tmp_path / 'run').exists()
 
 

@@ -353,7 +353,8 @@ def test_a_workdir_of_other_measurements_is_refused(
     assert snapshot(strong[0]) == before
 
 
-def test_a_workdir_of_a_training_job_is_refused(trained: Path, things: Path) -> None:
-    before = snapshot(trained)
-    refused(scale(things, trained, '--device_counts=1'), ['workdir', '`train`', 'another workdir'])
-    assert snapshot(trained) == before
+def test_a_workdir_of_a_training_job_is_refused(things: Path, tmp_path: Path) -> None:
+    (tmp_path / 'config.json').write_text('{}')
+    before = snapshot(tmp_path)
+    refused(scale(things, tmp_path, '--device_counts=1'), ['workdir', '`train`', 'another workdir'])
+    assert snapshot(tmp_path) == before
