@@ -183,9 +183,10 @@ def gather(split: Split, examples: np.ndarray, mesh: Mesh, weights: Any = None) 
     """Puts the given examples on the mesh, each device its slice; only this process's are read."""
     cut = P(DATA_AXIS)
     image_shape = (len(examples), *split.images.shape[1:])
+    label_shape = (len(examples), *split.labels.shape[1:])
     data = {
         'image': put(mesh, image_shape, cut, lambda i: split.images[examples[i[0]]]),
-        'label': put(mesh, examples.shape, cut, lambda i: split.labels[examples[i[0]]]),
+        'label': put(mesh, label_shape, cut, lambda i: split.labels[examples[i[0]]]),
         'index': put(mesh, examples.shape, cut, lambda i: examples[i[0]]),
     }
     if weights is not None:

@@ -33,6 +33,8 @@ FLAGS = {
     'from': Flag('string', 'prepare: folder with the four IDX files'),
     'json': Flag('boolean', 'plan, evaluate, compile, scale, doctor: JSON alone on stdout'),
     'step': Flag('integer', 'evaluate: which checkpoint (default: the latest)'),
+    'ensemble': Flag('boolean', "evaluate: the run's snapshots, each and together"),
+    'raw': Flag('boolean', 'evaluate: the parameters themselves, not their moving averages'),
     'skip_nonfinite': Flag('integer', 'train: leave out up to so many steps that are not finite'),
     'profile_steps': Flag('string', 'train: write a trace of these steps, such as 100:110, into the workdir'),
     'coordinator': Flag('string', 'HOST:PORT of process 0, in a job of several processes'),
@@ -88,7 +90,7 @@ def prepare(config: Any, values: Any) -> None:
     prepare_lib.prepare(config.dataset, data_dir, source)
     for split in dict.fromkeys((config.train_split, config.eval_split)):
         examples = dataset.load_split(config.dataset, split, data_dir)
-        print(f'{split}: {len(examples.images):,} images of {examples.images.shape[1:]}')
+        print(f'{split}: {len(examples.images):,} examples of {examples.images.shape[1:]}')
 
 
 def plan(config: Any, values: Any) -> None:
@@ -247,7 +249,7 @@ def doctor(config: Any, values: Any) -> int:
 
 def evaluate(config: Any, values: Any) -> None:
     workdir = _workdir(values)
-    from parallel_train import dataset
+    from parallel_train import dataset, ensemble
     from parallel_train import workdir as workdir_lib
     from parallel_train.devices import choose_devices
     from parallel_train.evaluate import Evaluator
@@ -267,8 +269,8 @@ def evaluate(config: Any, values: Any) -> None:
     shape, classes = split.images.shape[1:], split.num_classes
     if shape != tuple(trained.input_shape) or classes > trained.num_classes:
         raise UserError(
-            f'config.dataset={trained.dataset!r}: has images {shape} in {classes} classes, but the model in '
-            f'{workdir} takes {tuple(trained.input_shape)} and knows {trained.num_classes}'
+            f'config.dataset={trained.dataset!r}: has examples {shape} in {classes} classes, but the model '
+            f'in {workdir} takes {tuple(trained.input_shape)} and knows {trained.num_classes}'
         )
     sizes = dataset.Sizes(0, len(split.images), split.images.shape[1:], split.num_classes, '')
     count = choose_devices(trained, sizes, values.devices, workdir, lambda _: None, measure=False)
@@ -278,17 +280,45 @@ def evaluate(config: Any, values: Any) -> None:
             f'--devices={math.gcd(count, trained.shards)}'
         )
     mesh = make_mesh(count)
-    state = load_state(trained, workdir, replicated(mesh), values.step)
-    metrics = Evaluator(split, trained, mesh, state)(state)
-    assert metrics is not None
-    result = {'split': 'eval', 'step': int(state.step), **metrics}
+    states = [
+        load_state(trained, workdir, replicated(mesh), step, averages=not values.raw)
+        for step in _steps_to_evaluate(workdir, values)
+    ]
+    evaluator = Evaluator(split, trained, mesh, states[0])
+    rows = [{'split': 'eval', 'step': int(state.step), **_whole(evaluator(state))} for state in states]
+    for row in [] if values.json else rows:
+        print(f'{trained.eval_split} at step {row["step"]:,}: {_figures(row)}')
+    result = rows[0]
+    if values.ensemble:
+        together = ensemble.together(states)
+        result = {'split': 'eval', 'step': rows[-1]['step'], 'snapshots': rows}
+        result |= _whole(Evaluator(split, trained, mesh, together)(together))
+        if not values.json:
+            print(f'{trained.eval_split}, the {len(rows)} snapshots together: {_figures(result)}')
     if values.json:
         print(json.dumps(result))
-    else:
-        print(
-            f'{trained.eval_split} at step {result["step"]:,}: accuracy {result["accuracy"]:.4f}, '
-            f'loss {result["loss"]:.4f}, on all {result["num_examples"]:,} examples'
+
+
+def _steps_to_evaluate(workdir: Path, values: Any) -> Sequence[int | None]:
+    """Returns the steps of the checkpoints that `evaluate` is asked for; None is the latest."""
+    from parallel_train import ensemble
+
+    if not values.ensemble:
+        return [values.step]
+    if values.step is not None:
+        raise UserError(
+            f'step={values.step}: an ensemble is of all snapshots; leave out --step or --ensemble'
         )
+    return ensemble.snapshots(workdir)
+
+
+def _whole(metrics: dict[str, float] | None) -> dict[str, float]:
+    assert metrics is not None  # nothing interrupts it
+    return metrics
+
+
+def _figures(row: dict[str, Any]) -> str:
+    return f'accuracy {row["accuracy"]:.4f}, loss {row["loss"]:.4f}, on all {row["num_examples"]:,} examples'
 
 
 _JOB_FLAGS = ('coordinator', 'num_processes', 'process_id', 'start_timeout')
@@ -329,6 +359,8 @@ COMMANDS = {
     ),
     'evaluate': Command(
         'exact metrics of a checkpoint on the eval split',
-        evaluate, ('workdir', 'data_dir', 'devices', 'step', 'json', 'debug'), needs_config=False,
+        evaluate,
+        ('workdir', 'data_dir', 'devices', 'step', 'ensemble', 'raw', 'json', 'debug'),
+        needs_config=False,
     ),
 }  # fmt: skip

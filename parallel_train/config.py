@@ -30,14 +30,28 @@ _IMPORT_PATH = re.compile(r'\w+(\.\w+)*:\w+')
 BUILT_IN_MODELS = {
     'cnn': 'parallel_train.models.cnn:CNN',
     'resnet_small': 'parallel_train.models.resnet_small:ResNetSmall',
+    'fast_net': 'parallel_train.models.fast:FastNet',
     'resnet18': 'parallel_train.models.resnet:ResNet18',
+    'resnet34': 'parallel_train.models.resnet:ResNet34',
     'resnet50': 'parallel_train.models.resnet:ResNet50',
+    'resnet101': 'parallel_train.models.resnet:ResNet101',
+    'wide_resnet_16_2': 'parallel_train.models.wide_resnet:WideResNet16x2',
     'wide_resnet_28_10': 'parallel_train.models.wide_resnet:WideResNet28x10',
+    'wide_resnet_40_4': 'parallel_train.models.wide_resnet:WideResNet40x4',
+    'vit_ti16': 'parallel_train.models.vit:ViTTi16',
     'vit_s16': 'parallel_train.models.vit:ViTS16',
+    'vit_b16': 'parallel_train.models.vit:ViTB16',
+    'transformer_small': 'parallel_train.models.transformer:TransformerSmall',
 }
-BUILT_IN_LOSSES = {'softmax_cross_entropy': 'parallel_train.losses:softmax_cross_entropy'}
-SCHEDULES = ('cosine', 'steps', 'constant')
-OPTIMIZERS = ('sgd', 'adamw')
+BUILT_IN_LOSSES = {
+    'softmax_cross_entropy': 'parallel_train.losses:softmax_cross_entropy',
+    'next_byte_cross_entropy': 'parallel_train.losses:next_byte_cross_entropy',
+}
+SCHEDULES = (
+    'cosine', 'cosine_restarts', 'linear', 'polynomial', 'steps', 'rsqrt', 'warmup_stable_decay', 'one_cycle',
+    'constant',
+)  # fmt: skip
+OPTIMIZERS = ('sgd', 'adamw', 'lars', 'lamb', 'lion', 'muon')
 REDUCTIONS = ('pmean', 'tree')
 
 MAX_STEPS = 2**31 - 1  # the state counts them in int32; an epoch has at least one
@@ -112,6 +126,11 @@ def _number(minimum: float, exclusive: bool = False, below: float = math.inf) ->
     return check
 
 
+def _probability(value: Any) -> str | None:
+    fits = _number(0)(value) is None and value <= 1
+    return None if fits else 'must be a probability, from 0 to 1'
+
+
 def _boolean(value: Any) -> str | None:
     return None if isinstance(value, bool) else 'must be True or False'
 
@@ -121,10 +140,13 @@ def _text(value: Any) -> str | None:
 
 
 def _shape(value: Any) -> str | None:
-    fits = isinstance(value, tuple | list) and len(value) in (0, 3)
+    fits = isinstance(value, tuple | list) and len(value) in (0, 1, 3)
     if fits and all(isinstance(side, int) and side > 0 for side in value):
         return None
-    return 'must be (height, width, channels) in positive whole numbers, or () for not given'
+    return (
+        'must be (height, width, channels) of an image or (length,) of a row of tokens, in positive whole '
+        'numbers, or () for not given'
+    )
 
 
 def _epochs(value: Any) -> str | None:
@@ -140,7 +162,10 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'seed': _integer(0, 2**32 - 1),
     'model': _name_or_import_path(tuple(BUILT_IN_MODELS)),
     'dtype': _one_of('float32', 'bfloat16'),
+    'remat': _boolean,
+    'batch_norm': _one_of('shard', 'global'),
     'loss': _name_or_import_path(tuple(BUILT_IN_LOSSES)),
+    'label_smoothing': _number(0, below=1),
     'dataset': _text,
     'train_split': _text,
     'eval_split': _text,
@@ -154,6 +179,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'accumulation_steps': _integer(1),
     'shards': _integer(0),
     'reduction': _one_of(*REDUCTIONS),
+    'gradient_dtype': _one_of('float32', 'bfloat16'),
     'schedule': _one_of(*SCHEDULES),
     'learning_rate': _number(0),
     'learning_rate_scaling': _one_of('none', 'linear', 'sqrt'),
@@ -162,13 +188,31 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'warmup_learning_rate': _number(0),
     'decay_epochs': _epochs,
     'decay_factor': _number(0, exclusive=True),
+    'end_learning_rate': _number(0),
+    'decay_power': _number(0, exclusive=True),
+    'restart_epochs': _number(0, below=MAX_STEPS),
+    'restart_multiplier': _number(1),
+    'timescale_epochs': _number(0, below=MAX_STEPS),
+    'cooldown_epochs': _number(0, below=MAX_STEPS),
     'optimizer': _one_of(*OPTIMIZERS),
     'momentum': _number(0, below=1),
     'nesterov': _boolean,
+    'beta2': _number(0, below=1),
+    'epsilon': _number(0),
+    'trust_coefficient': _number(0, exclusive=True),
     'weight_decay': _number(0),
+    'decay_norm_and_bias': _boolean,
     'gradient_clip_norm': _number(0),
+    'ema_decay': _number(0, below=1),
     'random_crop_padding': _integer(0, 2**16),
     'random_flip': _boolean,
+    'randaugment_layers': _integer(0, 14),
+    'randaugment_magnitude': _number(0, below=31),
+    'cutout_size': _integer(0, 2**16),
+    'random_erasing': _probability,
+    'mixup_alpha': _number(0, below=1e3),
+    'cutmix_alpha': _number(0, below=1e3),
+    'mix_probability': _probability,
     'log_every_steps': _integer(1),
     'eval_every_epochs': _number(0, below=MAX_STEPS),
     'checkpoint_every_epochs': _number(0, below=MAX_STEPS),

@@ -14,6 +14,7 @@ import numpy as np
 from parallel_train import augment
 from parallel_train.clock import Clock
 from parallel_train.dataset import Split
+from parallel_train.examples import is_tokens, unit_of
 from parallel_train.machine import environment
 from parallel_train.metrics import Row, read_rows
 from parallel_train.plan import Plan
@@ -71,7 +72,7 @@ def _results(config: Any, plan: Plan, rows: list[Row], recorder: Recorder) -> di
         results[f'{config.eval_split} loss'] = f'{last["loss"]:.4f}'
     if recorder.step_seconds:
         rate = recorder.steps_seen * plan.batch_size / recorder.step_seconds
-        results['images/s'] = f'{rate:,.0f}'
+        results[f'{unit_of(config.input_shape)}/s'] = f'{rate:,.0f}'
     results['devices'] = f'{plan.num_devices} × {jax.devices()[0].device_kind}'
     return results
 
@@ -94,13 +95,14 @@ def command() -> str:
     return shlex.join(['python', '-m', 'parallel_train', *sys.argv[1:]])
 
 
-def _samples(config: Any, state: TrainState, split: Split) -> Samples:
+def _samples(config: Any, state: TrainState, split: Split) -> Samples | None:
     """Picks test images with predictions: up to `_WRONG` wrong ones, the others as they come."""
+    if is_tokens(config.input_shape):
+        return None
     images = np.asarray(split.images[:_SAMPLES_FROM])
     labels = np.asarray(split.labels[:_SAMPLES_FROM])
     model, one = create_model(config), jax.devices()[0]
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    variables = jax.device_put(jax.device_get(variables), one)
+    variables = jax.device_put(jax.device_get(state.evaluated()), one)
 
     def probabilities_of(variables: Any, images: jax.Array) -> jax.Array:
         logits: Any = model.apply(variables, augment.normalise(images), **eval_flags(model))

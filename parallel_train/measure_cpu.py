@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from parallel_train.compiled import Compiled, compile_step
 from parallel_train.dataset import Sizes
+from parallel_train.examples import is_tokens
 from parallel_train.plan import make_plan
 from parallel_train.roofline import Prediction, fit_cpu
 from parallel_train.schedule import create_learning_rate_fn
@@ -94,8 +95,9 @@ def _stepper(config: Any, sizes: Sizes, mesh: Mesh, compiled: Compiled) -> Calla
     fresh = initialise(config, learning_rate_fn, mesh)
     # The same arrays in the very structure that the program was compiled for.
     state = jax.tree.unflatten(jax.tree.structure(state_shapes), jax.tree.leaves(fresh))
+    values = sizes.num_classes if is_tokens(sizes.input_shape) else 256
     below = {
-        'image': 256, 'images': 256, 'label': sizes.num_classes, 'labels': sizes.num_classes,
+        'image': values, 'images': values, 'label': sizes.num_classes, 'labels': sizes.num_classes,
         'index': sizes.num_train_examples, 'order': sizes.num_train_examples,
     }  # fmt: skip
     rng = np.random.default_rng(0)

@@ -16,6 +16,7 @@ from parallel_train.batches import HostFeed, ResidentFeed, make_feed
 from parallel_train.checkpoint import Checkpoints
 from parallel_train.clock import Clock
 from parallel_train.evaluate import Evaluator
+from parallel_train.examples import unit_of
 from parallel_train.lifeline import Lifeline
 from parallel_train.metrics import MetricsLog
 from parallel_train.pace import Pace
@@ -94,11 +95,12 @@ def open_run(
     """Opens feed, evaluator, log and step for a run that starts from `state`; closes them at the end."""
     start, first = int(state.step), processes.is_first()
     log = MetricsLog(workdir, start, active=first)
+    unit = unit_of(job.config.input_shape)
     lifeline.save_every(60 * job.config.checkpoint_every_minutes)
     with (
         contextlib.closing(make_feed(job.train_split, job.config, plan, mesh)) as feed,
         contextlib.closing(
-            Recorder(plan, mesh, log, Progress(plan, start, enabled=first), start, skip_nonfinite)
+            Recorder(plan, mesh, log, Progress(plan, start, first, unit), start, skip_nonfinite)
         ) as recorder,
         contextlib.closing(Profiler(profile_steps, workdir, start)) as profiler,
     ):

@@ -56,7 +56,7 @@ def make_train_step(
         def one(state: TrainState) -> TrainState:
             sums = _local_sums(state, data, config, plan, forward, is_cpu(mesh))
             if exchange:
-                sums = reduce.sum_over_devices(sums)
+                sums = reduce.sum_step(sums, config.gradient_dtype)
             return apply_update(state, sums, plan, skip_nonfinite)
 
         if num_steps == 1:
@@ -64,9 +64,12 @@ def make_train_step(
         return jax.lax.scan(lambda s, _: (one(s), None), state, length=num_steps)[0]
 
     def train_step(state: TrainState, data: Batch) -> TrainState:
-        specs = P(), batches.specs(data)
-        mapped = jax.shard_map(steps, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=exchange)
-        return mapped(state, data)
+        # JAX does not check a sum over mapped shards and devices at once, as BatchNorm's is (batch_norm.py).
+        checked = exchange and config.batch_norm != 'global'
+        in_specs = (P(), batches.specs(data))
+        return jax.shard_map(steps, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=checked)(
+            state, data
+        )
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -79,7 +82,9 @@ def _local_sums(
     first = reduce.device_index() * count
     shards = take_shards(state.step, state.key, data, config, plan, first, count)
     params = reduce.to_local(state.params)
-    turns = cpu_turns(plan) if on_cpu else plan.accumulation_steps
+    turns = plan.accumulation_steps
+    if on_cpu and not forward.norm_over_batch:  # which takes all shards at once
+        turns = cpu_turns(plan)
     return _over_turns(
         lambda turn: sums_of_shards(forward, params, state.batch_stats, turn, on_cpu), shards, turns, on_cpu
     )

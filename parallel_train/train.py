@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+from jax.sharding import Mesh
 
 from parallel_train import dataset, machine, processes, profiling
 from parallel_train import mesh as mesh_lib
 from parallel_train import workdir as workdir_lib
-from parallel_train.checkpoint import open_checkpoints
+from parallel_train.checkpoint import Checkpoints, open_checkpoints
 from parallel_train.clock import Clock
 from parallel_train.devices import choose_devices
 from parallel_train.diagnose import diagnose
 from parallel_train.errors import Diverged, Preempted, UserError
 from parallel_train.finish import finish, say_complete
 from parallel_train.lifeline import Lifeline, Limits
-from parallel_train.plan import make_plan
+from parallel_train.plan import Plan, make_plan
 from parallel_train.preflight import check_job, facts
 from parallel_train.run import Run, open_run
 from parallel_train.schedule import create_learning_rate_fn
@@ -86,16 +87,15 @@ def train_and_evaluate(
         # The state: the latest checkpoint's, on whatever devices there are now, or a new one.
         if processes.is_first():
             stack.enter_context(workdir_lib.hold(workdir))
-        checkpoints = stack.enter_context(open_checkpoints(workdir, job.config.keep_checkpoints, say=say))
+        workdir_lib.check_seen_by_all(workdir)
+        keep = job.config.keep_checkpoints
+        checkpoints = stack.enter_context(
+            open_checkpoints(workdir, keep, say=say, snapshots=plan.snapshot_steps)
+        )
         plan.check_reaches(checkpoints.latest_step() or 0)
-        learning_rate_fn = create_learning_rate_fn(job.config, plan.peak_learning_rate, plan.steps_per_epoch)
-        template = abstract_state(job.config, learning_rate_fn)
-        state = checkpoints.restore_latest(template, mesh_lib.replicated(mesh))
-        if state is None:
-            state = initialise(job.config, learning_rate_fn, mesh)
-        say(plan_table(plan, job.config, job.sizes.source))  # nothing is refused any more
+        state = starting_state(job.config, plan, mesh, checkpoints, skip_nonfinite)
         start = int(state.step)
-        check_start(state, skip_nonfinite)
+        say(plan_table(plan, job.config, job.sizes.source))  # nothing is refused any more
         if start == plan.num_steps and (workdir / 'report.html').exists():
             say_complete(workdir, start, say)
             return state
@@ -127,19 +127,22 @@ def train_and_evaluate(
     return state
 
 
-def check_start(state: TrainState, skip_nonfinite: int) -> None:
-    """Checks that all processes start from one state, and that it is not frozen from the start."""
+def starting_state(
+    config: Any, plan: Plan, mesh: Mesh, checkpoints: Checkpoints, skip_nonfinite: int
+) -> TrainState:
+    """Returns the state of the latest checkpoint, or a new one; not one that is frozen from the start."""
+    learning_rate_fn = create_learning_rate_fn(config, plan.peak_learning_rate, plan.steps_per_epoch)
+    template = abstract_state(config, learning_rate_fn)
+    state = checkpoints.restore_latest(template, mesh_lib.replicated(mesh))
+    if state is None:
+        return initialise(config, learning_rate_fn, mesh)
     skipped = int(state.skipped)
     if skipped > skip_nonfinite:
         raise UserError(
             f'skip_nonfinite={skip_nonfinite}: {skipped} steps were left out before the checkpoint; use '
             f'at least {skipped}'
         )
-    steps = processes.gather('the step to start from', int(state.step))
-    if len(set(steps)) > 1:
-        raise UserError(
-            f'workdir: the processes found checkpoints of different steps, {steps}; do all see one disk?'
-        )
+    return state
 
 
 def train_epoch(state: TrainState, run: Run) -> TrainState:

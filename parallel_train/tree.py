@@ -69,7 +69,7 @@ def make_train_step(
     update_program = _program(mesh, update, lambda state, sums: (P(), P()), P(), donate=0)
 
     def train_step(state: TrainState, data: Batch) -> TrainState:
-        needed = state.replace(opt_state=None, sums=None, skipped=None)
+        needed = state.replace(opt_state=None, sums=None, skipped=None, ema=None)
         sums = add_as_tree((shard_program(needed, data, turn) for turn in turns), add_program)
         return update_program(state, exchange_program(sums))
 

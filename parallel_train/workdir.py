@@ -7,11 +7,13 @@ import importlib.util
 import json
 import os
 import socket
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from parallel_train import config as config_lib
+from parallel_train import processes
 from parallel_train.errors import UserError
 from parallel_train.files import check_writable, lock, write_atomically
 from parallel_train.machine import BITS_DEPEND_ON
@@ -26,6 +28,7 @@ _ALWAYS_WRITTEN = (
 CONFIG, PLAN, METRICS, CHECKPOINTS = 'config.json', 'plan.json', 'metrics.jsonl', 'checkpoints'
 ENVIRONMENT = 'environment.json'  # of the last start
 LOCK = '.lock'
+_NETWORK_FILES_SHOW = 15.0  # seconds until a new file shows on other hosts; NFS keeps what it knew as long
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -190,6 +193,7 @@ def hold(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: another process holds it.
     """
+    new = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / LOCK, 'a+') as file:
         try:
@@ -207,4 +211,41 @@ def hold(workdir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
         file.flush()
-        yield
+        try:
+            yield
+        except UserError:
+            if new:  # nothing was begun: leave nothing
+                (workdir / LOCK).unlink()
+                for folder in (workdir / CHECKPOINTS, workdir):
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+            raise
+
+
+def check_seen_by_all(workdir: Path) -> None:
+    """Checks that every process sees the lock that process 0 holds, and so what it will write.
+
+    Raises:
+      UserError: on every process; names the one that does not.
+    """
+    if processes.count() == 1:
+        return
+    held = processes.share((workdir / LOCK).read_text)
+    deadline = time.monotonic() + _NETWORK_FILES_SHOW
+    while not (seen := _content(workdir / LOCK) == held) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for process, sees in enumerate(processes.gather('workdir', seen)):
+        if not sees:
+            failure = UserError(
+                f'workdir={str(workdir)!r}: process {process} does not see there what process 0 writes; give '
+                'all processes one folder that all hosts share'
+            )
+            failure.on_every_process = True
+            raise failure
+
+
+def _content(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None

@@ -1,0 +1,44 @@
+"""0.94 on Fashion-MNIST in as little time as 2 CPU cores allow.
+
+Command:  python -m parallel_train train --config=configs/fashion_mnist_fast.py --workdir=runs/fast
+Hardware: 2 CPU cores, 4 XLA devices.
+Result:   TODO
+"""
+
+from ml_collections import config_dict
+
+from parallel_train import default_config
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = default_config()
+    config.dataset = 'fashion_mnist'
+    config.model = 'fast_net'
+    config.label_smoothing = 0.1
+
+    config.batch_size = 128
+    config.shards = 4  # BatchNorm over 32 examples
+    config.num_epochs = 8.0
+
+    config.schedule = 'linear'
+    config.learning_rate = 0.1
+    config.warmup_epochs = 1.0
+    config.warmup_learning_rate = 0.02
+    config.optimizer = 'sgd'
+    config.momentum = 0.9
+    config.nesterov = True
+    config.weight_decay = 5e-4
+    config.ema_decay = 0.995
+
+    config.random_crop_padding = 1
+    config.random_flip = True
+
+    config.eval_every_epochs = 0.0  # at the end
+    config.checkpoint_every_epochs = 0.0
+
+    # For planning without the data.
+    config.num_train_examples = 60_000
+    config.num_eval_examples = 10_000
+    config.input_shape = (28, 28, 1)
+    config.num_classes = 10
+    return config

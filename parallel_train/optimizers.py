@@ -1,0 +1,105 @@
+"""How does a gradient become an update?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+
+# As published, where the config says 0.
+_BETA2 = {'lion': 0.99}
+_EPSILON = {'lamb': 1e-6}
+# Update RMS of Muon that fits rates and decays made for AdamW (Liu et al. 2025, section 2.2, equation 4).
+_MUON_RMS = 0.2
+
+
+def create_optimizer(config: Any, learning_rate_fn: Any) -> optax.GradientTransformation:
+    """Returns the optax optimizer that the config describes, on the given schedule (or rate).
+
+    With g the gradient, clipped first to `gradient_clip_norm` by the norm of the whole, w an array of
+    parameters, η the rate, λ `weight_decay`, β `momentum`:
+
+    - sgd: as in the guide, `optax.sgd(learning_rate_fn, momentum)`; g + λw goes into the momentum.
+    - adamw (Loshchilov & Hutter 2019, algorithm 2): Adam's direction + λw, times η.
+    - lars (You et al. 2017, algorithm 1, with the norm of the sum for the sum of the norms): g + λw times
+      `trust_coefficient` · ‖w‖ / ‖g + λw‖ and η goes into the momentum.
+    - lamb (You et al. 2020, algorithm 2): u = Adam's direction + λw, times ‖w‖ / ‖u‖ and η.
+    - lion (Chen et al. 2023, program 1): the sign of a mean of g and momentum, + λw, times η.
+    - muon (Jordan et al. 2024): the momentum of each matrix made orthogonal, scaled by 0.2·√(longer side) so
+      that rates made for AdamW fit (Liu et al. 2025); + λw, times η. What is no matrix (norms, biases, tables
+      of embeddings) gets Adam's direction. (Its authors leave the last layer to Adam too.)
+
+    λ is 0 for norms and biases unless `decay_norm_and_bias`; LARS and LAMB never scale theirs.
+    """
+    rule = _update_rule(config, learning_rate_fn)
+    if not config.gradient_clip_norm:
+        return rule
+    return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), rule)
+
+
+def kernels(params: Any) -> Any:
+    """Returns which arrays are neither biases nor scales of norms: a tree of bools."""
+    return jax.tree.map_with_path(_is_kernel, params)
+
+
+def _is_kernel(path: Any, x: jax.Array) -> bool:
+    # By name too: the biases of attention heads have two dimensions.
+    return x.ndim > 1 and _names(path)[-1] not in ('bias', 'scale')
+
+
+def _names(path: Any) -> list[str]:
+    return ['', *(jax.tree_util.keystr((key,), simple=True) for key in path)]
+
+
+def _update_rule(config: Any, rate: Any) -> optax.GradientTransformation:
+    name, momentum, decay = config.optimizer, config.momentum, config.weight_decay
+    decayed = None if config.decay_norm_and_bias else kernels
+    beta2 = config.beta2 or _BETA2.get(name, 0.999)
+    epsilon = config.epsilon or _EPSILON.get(name, 1e-8)
+    if name == 'adamw':
+        return optax.adamw(rate, b1=momentum, b2=beta2, eps=epsilon, weight_decay=decay, mask=decayed)
+    if name == 'lion':
+        return optax.lion(rate, b1=momentum, b2=beta2, weight_decay=decay, mask=decayed)
+    if name == 'lars':
+        trust = config.trust_coefficient
+        return optax.lars(
+            rate, decay, decayed or True, trust, 0.0, kernels, momentum, nesterov=config.nesterov
+        )
+    if name == 'lamb':
+        # `optax.lamb`, but that it scales norms and biases too.
+        return optax.chain(
+            optax.scale_by_adam(momentum, beta2, epsilon),
+            optax.add_decayed_weights(decay, decayed),
+            optax.masked(optax.scale_by_trust_ratio(), kernels),
+            optax.scale_by_learning_rate(rate),
+        )
+    if name == 'muon':
+        direction = optax.contrib.muon(
+            1.0, beta=momentum, eps=epsilon, adam_b2=beta2, consistent_rms=_MUON_RMS,
+            muon_weight_dimension_numbers=_matrices,
+        )  # fmt: skip
+        # It is negative already. The decay comes here, where it knows norms and biases from the rest.
+        return optax.chain(
+            direction,
+            optax.add_decayed_weights(-decay, decayed),
+            optax.scale_by_learning_rate(rate, flip_sign=False),
+        )
+    assert name == 'sgd', name
+    sgd = optax.sgd(rate, momentum, nesterov=config.nesterov)
+    return optax.chain(optax.add_decayed_weights(decay, decayed), sgd) if decay else sgd
+
+
+def _matrices(params: Any) -> Any:
+    """Returns which axes of each array are a matrix's inputs and outputs, None for what is no matrix."""
+
+    def axes(path: Any, x: jax.Array) -> Any:
+        *_, module, name = ['', *_names(path)]
+        if not _is_kernel(path, x) or name == 'embedding':
+            return None
+        # Flax's kernels have the outputs last, one axis but for queries, keys and values: heads × features.
+        inputs = 1 if module in ('query', 'key', 'value') else x.ndim - 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, x.ndim)))
+
+    return jax.tree.map_with_path(axes, params)
