@@ -181,8 +181,7 @@ def scale(config: Any, values: Any) -> None:
         50 if values.steps is None else values.steps,
         5 if values.rounds is None else values.rounds,
     )
-    for split in (config.train_split, config.eval_split):
-        dataset.load_split(config.dataset, split, data_dir)  # decoded once, by one process
+    dataset.load_split(config.dataset, config.train_split, data_dir)  # decoded once, by one process
     results = run_scale(
         config, sizes, experiment, workdir, data_dir, lambda line: print(line, file=sys.stderr, flush=True)
     )

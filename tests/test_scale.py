@@ -135,6 +135,7 @@ def test_page_and_plots(strong: tuple[Path, dict[str, Any]]) -> None:
         assert (workdir / 'plots' / f'{name}.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_kept(strong: tuple[Path, dict[str, Any]], things: Path, tmp_path: Path) -> None:
     """After a kill, and with more sizes: what is missing is measured, beside what they are compared with."""
     workdir, before = tmp_path / 'run', json.loads((strong[0] / 'scale.json').read_text())
@@ -352,7 +353,8 @@ def test_a_workdir_of_other_measurements_is_refused(
     assert snapshot(strong[0]) == before
 
 
-def test_a_workdir_of_a_training_job_is_refused(trained: Path, things: Path) -> None:
-    before = snapshot(trained)
-    refused(scale(things, trained, '--device_counts=1'), ['workdir', '`train`', 'another workdir'])
-    assert snapshot(trained) == before
+def test_a_workdir_of_a_training_job_is_refused(things: Path, tmp_path: Path) -> None:
+    (tmp_path / 'config.json').write_text('{}')
+    before = snapshot(tmp_path)
+    refused(scale(things, tmp_path, '--device_counts=1'), ['workdir', '`train`', 'another workdir'])
+    assert snapshot(tmp_path) == before
