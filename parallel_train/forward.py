@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ class Forward:
     apply: Callable[..., Any]
     loss: Loss
     passes_train: bool
+    pixels: tuple[Sequence[float], Sequence[float]] = ((), ())  # mean and standard deviation
 
     def __call__(
         self, params: Any, batch_stats: Any, batch: Batch, train: bool, dropout_key: Any = None
@@ -49,7 +50,8 @@ class Forward:
 
 
 def make_forward(config: Any, apply_fn: Callable[..., Any]) -> Forward:
-    return Forward(apply_fn, import_loss(config), takes_train(create_model(config)))
+    pixels = (config.pixel_mean, config.pixel_std)
+    return Forward(apply_fn, import_loss(config), takes_train(create_model(config)), pixels)
 
 
 def check_model_and_loss(config: Any) -> None:

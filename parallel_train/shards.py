@@ -81,15 +81,16 @@ def eval_sums(forward: Forward, params: Any, batch_stats: Any, batch: Batch) -> 
 
     'loss' (losses × weights), 'correct', 'weight', and 'examples', how many are not padding.
     """
-    batch = {**batch, 'image': augment.normalise(batch['image'])}
+    batch = {**batch, 'image': augment.normalise(batch['image'], *forward.pixels)}
     loss, sums, _ = forward(params, batch_stats, batch, train=False)
     return {'loss': loss, 'examples': jnp.sum(batch['weight']), **sums}
 
 
 def _prepare(batch: Batch, config: Any, key: jax.Array, epoch: jax.Array) -> Batch:
-    """Returns the batch as the model and the loss take it: augmented, float32 in [0, 1]."""
+    """Returns the batch as the model and the loss take it: augmented, float32, normalised."""
     images = batch['image']
     if config.random_crop_padding or config.random_flip:
         keys = augment.example_keys(key, epoch, batch['index'])
         images = augment.random_crop_and_flip(images, keys, config.random_crop_padding, config.random_flip)
-    return {'image': augment.normalise(images), 'label': batch['label']}
+    pixels = augment.normalise(images, config.pixel_mean, config.pixel_std)
+    return {'image': pixels, 'label': batch['label']}
