@@ -165,7 +165,9 @@ def train(config: Any, values: Any) -> None:
 
 
 # What `evaluate --config` may change: on what and how it is evaluated, not what was trained.
-_OF_EVALUATION = ('dataset', 'eval_split', 'eval_batch_size', 'data_placement')
+_OF_EVALUATION = (
+    'dataset', 'eval_split', 'eval_batch_size', 'data_placement', 'crop_fraction', 'max_corrupt_examples',
+)  # fmt: skip
 
 
 def _check_evaluate_config(config: Any, trained: Any, values: Any, workdir: Path) -> None:

@@ -174,7 +174,7 @@ def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
             'record of its sizes: run `prepare`, or set ' + ', '.join(f'config.{field}' for field in missing)
         )
     from_config = [f'config.{field}' for field in _SIZE_FIELDS if field not in known]
-    sources = ([source] if known else []) + from_config
+    sources = ([source] if source else []) + from_config
     return Sizes(**{**given, **known}, source=', '.join(sources))
 
 

@@ -101,8 +101,8 @@ def _labelled(source: Path, folder: str, names: tuple[str, ...]) -> Iterable[tup
         )
     if unknown:
         raise UserError(
-            f'--from={source}: there is {_list(source, unknown)}, but no such class in train/: all splits must '
-            'have the classes of train/'
+            f'--from={source}: there is {_list(source, unknown)}, but no such class in train/: all splits '
+            'must have the classes of train/'
         )
     files = {path.name: _entries(path) for path in entries}
     empty = [source / folder / name for name, inside in files.items() if not inside]
