@@ -16,7 +16,7 @@ from parallel_train.errors import UserError
 
 # Folder -> split, by TFDS's names.
 SPLITS = {'train': 'train', 'val': 'validation', 'validation': 'validation', 'test': 'test'}
-FORMATS = ('JPEG', 'MPO', 'PNG', 'GIF', 'BMP')  # as Pillow calls what TensorFlow decodes; MPO is a JPEG
+FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP')  # what TensorFlow decodes, as Pillow calls it
 _THREADS = 16  # waiting for the disk
 _NAMED = 10  # files in a message
 
@@ -136,7 +136,7 @@ def _problem(file: Path) -> tuple[Path, str] | None:
         with Image.open(file, formats=FORMATS):
             return None
     except UnidentifiedImageError:
-        return file, f'not {", ".join(f for f in FORMATS if f != "MPO")}'
+        return file, f'not {", ".join(FORMATS)}'
     except OSError as error:
         return file, error.strerror or str(error)
     except Exception as error:  # Pillow's parsers raise many kinds

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -77,11 +78,11 @@ class Decoder:
         tf = self._tf
         try:
             images, labels = self._decode(
-                tf.constant(records), tf.constant(examples, tf.int64), tf.constant(epoch, tf.int64)
+                tf.constant(records), tf.constant(examples.astype(np.int64)), tf.constant(epoch, tf.int64)
             )
         except tf.errors.InvalidArgumentError as error:
             raise Corrupt(error.message.splitlines()[0][:200]) from None
-        return images.numpy(), labels.numpy()
+        return np.asarray(images), np.asarray(labels)  # views
 
     def label(self, record: bytes) -> int:
         """Returns the label of a record whose image cannot be decoded. Raises Corrupt if there is none."""
@@ -161,6 +162,7 @@ def window_of(tf: Any, view: View, height: Any, width: Any, example: Any, epoch:
 
 def _tensorflow() -> Any:
     """TensorFlow, kept away from the accelerators, and in no more threads than there are cores."""
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines on what this machine has not
     import tensorflow as tf
 
     try:

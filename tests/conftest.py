@@ -112,8 +112,8 @@ config.pixel_mean = (0.5, 0.5, 0.5)
 config.pixel_std = (0.25,)
 config.batch_size = 16
 config.eval_batch_size = 8
-config.num_epochs = 4.0
-config.learning_rate = 0.02
+config.num_epochs = 6.0
+config.learning_rate = 0.05
 """
 
 

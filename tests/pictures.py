@@ -10,7 +10,6 @@ from PIL import Image
 
 CLASSES = ('checks', 'rings', 'stripes')
 SIZES = ((48, 64), (64, 48), (40, 40), (120, 90))
-TRUNCATED = 'train/rings/truncated.jpg'  # its head is that of a JPEG, and then half of it is missing
 
 
 def picture(label: int, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
@@ -37,7 +36,7 @@ def encoded(pixels: np.ndarray, kind: str = 'RGB', form: str = 'jpeg') -> bytes:
 def write_folder(root: Path, train: int, val: int, corrupt: bool = True) -> Path:
     """Writes `train` and `val` pictures of each class under `root`; one in eight is grey, one in eight CMYK.
 
-    With `corrupt`, one more in `train` and one in `val` are cut off in the middle.
+    With `corrupt`, there is one more in `train` and in `val` that ends after its first few pixels.
     """
     rng = np.random.default_rng(0)
     for split, count in (('train', train), ('val', val)):
@@ -50,5 +49,6 @@ def write_folder(root: Path, train: int, val: int, corrupt: bool = True) -> Path
                 (root / split / name / f'{i:03}.jpg').write_bytes(encoded(pixels, kind, form))
         if corrupt:
             whole = encoded(picture(1, 64, 64, rng))
-            (root / split / 'rings' / 'truncated.jpg').write_bytes(whole[: len(whole) // 2])
+            head = whole.rindex(b'\xff\xda') + 14  # where the pixels begin
+            (root / split / 'rings' / 'truncated.jpg').write_bytes(whole[: head + 40])
     return root

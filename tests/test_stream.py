@@ -185,7 +185,7 @@ def test_random_resized_crops_are_those_of_the_paper() -> None:
 
 
 def test_no_crop_fits_a_sliver_and_then_it_is_the_centre() -> None:
-    assert windows(10, 1000, 1).tolist() == [[0, 496, 9, 9]]  # 0.875 of 10 pixels, rounded
+    assert windows(10, 1000, 1).tolist() == [[0, 495, 9, 9]]  # 0.875 of 10 pixels, rounded
     assert windows(256, 341, 1, seed=None).tolist() == [[16, 58, 224, 224]]
     assert windows(1, 1, 5).tolist() == [[0, 0, 1, 1]] * 5
 
