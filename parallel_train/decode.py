@@ -85,8 +85,8 @@ def decode_into(
             if image.shape != images.shape[1:]:
                 raise UserError(
                     f'{set_path.parent.name}: image {index} of {split!r} has shape {image.shape} '
-                    f'and the first {images.shape[1:]}: images must all have one shape; resize '
-                    "them in a function of your own, config.dataset='package.module:function'"
+                    f'and the first {images.shape[1:]}: images must all have one shape, or be cropped to '
+                    'one: set config.image_size (docs/data.md)'
                 )
             if label < 0:
                 raise UserError(
