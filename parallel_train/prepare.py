@@ -23,6 +23,7 @@ from parallel_train import debian, idx
 from parallel_train.dataset import check_known, is_import_path, tfds_builder
 from parallel_train.errors import UserError
 from parallel_train.files import check_room, check_writable, exclusive, sync
+from parallel_train.paths import is_remote
 from parallel_train.prepared import CHECKSUMS, Prepared, find_prepared, parse_name
 
 # The sets that are published as four IDX files; TFDS builds all of them with one class.
@@ -65,6 +66,11 @@ def prepare(name: str, data_dir: Path, source: Path | None = None, say: Callable
 
 def _obtain(name: str, data_dir: Path, source: Path | None, say: Callable[[str], None]) -> str:
     check_known(name)
+    if is_remote(data_dir):
+        raise UserError(
+            f'data_dir={str(data_dir)!r}: {name} is not there, and is not prepared in a store: run `prepare` with '
+            f'a folder, then `gcloud storage cp -r FOLDER/{parse_name(name)[0]} {data_dir}`'
+        )
     check_writable('data_dir', data_dir)  # before anything is fetched
     tried: list[str] = []
     files = _find_idx(name, source, tried, say)
