@@ -63,9 +63,7 @@ def held(folder: Path, lost: Callable[[str], None]) -> Iterator[str]:
         while not ended.wait(_LOOK):
             silent = time.monotonic() - since[0]
             if silent > _TERM - _RENEW:
-                lost(
-                    f'workdir: its lease could not be renewed for {silent:.0f} s, so another job may have it'
-                )
+                lost(f'workdir: its lease was not renewed for {silent:.0f} s, so another job may have it')
                 return
 
     threads = [threading.Thread(target=work, name='lease', daemon=True) for work in (renew, watch)]

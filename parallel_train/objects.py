@@ -30,9 +30,7 @@ def check_store(field: str, folder: Path) -> None:
             with contextlib.suppress(FileExistsError):
                 store.pipe_file(probe, b'second', mode='create')
             kept = store.cat_file(probe) == b'first'
-            seen = any(
-                name.endswith(probe.rpartition('/')[2]) for name in store.ls(str(folder), detail=False)
-            )
+            seen = probe.partition('://')[2] in store.ls(str(folder), detail=False)
         finally:
             store.rm_file(probe)
     except Exception as error:  # of many kinds

@@ -31,8 +31,8 @@ def opened(field: str, path: str | os.PathLike[str]) -> Path:
         return expanded(field, text)
     if scheme[1] != _SCHEME:
         raise UserError(
-            f'{field}={text!r}: {scheme[1]}:// is not a store that a run can rely on; use gs://BUCKET/NAME, or '
-            'a folder'
+            f'{field}={text!r}: {scheme[1]}:// is not a store that a run can rely on; use gs://BUCKET/NAME, '
+            'or a folder'
         )
     if not _NAME.match(text) or '..' in text.split('/'):
         raise UserError(f'{field}={text!r}: is not gs://BUCKET/NAME')

@@ -68,8 +68,8 @@ def _obtain(name: str, data_dir: Path, source: Path | None, say: Callable[[str],
     check_known(name)
     if is_remote(data_dir):
         raise UserError(
-            f'data_dir={str(data_dir)!r}: {name} is not there, and is not prepared in a store: run `prepare` with '
-            f'a folder, then `gcloud storage cp -r FOLDER/{parse_name(name)[0]} {data_dir}`'
+            f'data_dir={str(data_dir)!r}: {name} is not there, and is not prepared in a store: run '
+            f'`prepare` with a folder, then `gcloud storage cp -r FOLDER/{parse_name(name)[0]} {data_dir}`'
         )
     check_writable('data_dir', data_dir)  # before anything is fetched
     tried: list[str] = []
