@@ -52,12 +52,17 @@ def held(folder: Path, lost: Callable[[str], None]) -> Iterator[str]:
     def renew() -> None:
         while not ended.wait(_RENEW):
             start = time.monotonic()
-            with contextlib.suppress(Exception):  # no answer: `watch` ends the run if that lasts
+            try:
                 latest = _leases(store, str(folder))[-1]
-                if latest != mine:
-                    lost(f'workdir: its lease was taken by {_content(store, latest).strip()}')
-                store.pipe_file(mine, owner.encode())
-                since[0] = start
+                taken_by = '' if latest == mine else _content(store, latest).strip()
+                if latest == mine:
+                    store.pipe_file(mine, owner.encode())
+                    since[0] = start
+            except Exception:  # no answer: `watch` ends the run if that lasts
+                continue
+            if taken_by:
+                lost(f'workdir: its lease was taken by {taken_by}')
+                return
 
     def watch() -> None:
         while not ended.wait(_LOOK):

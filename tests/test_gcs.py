@@ -20,6 +20,7 @@ import pytest
 from parallel_train import lease, metrics, objects, paths
 from parallel_train.errors import UserError
 from tests.conftest import NUM_STEPS, ROOT, Job, cli, environment, restore, run_cli, run_ok, without_timing
+from tests.test_processes import free_port
 
 BUCKET = 'gs://bucket'
 
@@ -46,11 +47,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield found
         server.terminate()
         server.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(('127.0.0.1', 0)) as chosen:
-        return int(chosen.getsockname()[1])
 
 
 def await_port(port: int) -> None:
