@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from parallel_train import batch_norm
+from parallel_train import batch_norm, config_fields
 from parallel_train import config as config_lib
 from parallel_train.errors import UserError
 from parallel_train.examples import is_tokens, kind
@@ -172,7 +172,7 @@ def import_loss(config: Any) -> Loss:
     Raises:
       UserError: it cannot be imported, or is to smooth labels and cannot.
     """
-    loss = config_lib.import_object('loss', config_lib.BUILT_IN_LOSSES.get(config.loss, config.loss))
+    loss = config_lib.import_object('loss', config_fields.BUILT_IN_LOSSES.get(config.loss, config.loss))
     if config.label_smoothing and 'label_smoothing' not in inspect.signature(loss).parameters:
         raise UserError(
             f'config.label_smoothing={config.label_smoothing:g}: config.loss={config.loss!r} takes no '

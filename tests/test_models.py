@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallel_train import UserError, start_devices
+from parallel_train import UserError, config_fields, start_devices
 from parallel_train import config as config_lib
 from parallel_train.forward import check_model_and_loss
 from parallel_train.models.vit import sin_cos_positions
@@ -93,7 +93,7 @@ def test_parameter_counts(model: str) -> None:
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('model', config_lib.BUILT_IN_MODELS)
+@pytest.mark.parametrize('model', config_fields.BUILT_IN_MODELS)
 def test_dtype_is_that_of_products_alone(model: str, dtype: str) -> None:
     """Parameters, statistics, gradients and logits are float32; the products are what the config says."""
     config = make_config(model, dtype, data_of(model))

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from parallel_train import config as config_lib
-from parallel_train import losses
+from parallel_train import config_fields, losses
 from parallel_train.batches import ResidentFeed
 from parallel_train.checkpoint import open_checkpoints
 from parallel_train.errors import UserError
@@ -169,7 +169,7 @@ def assert_close(got: Arrays, want: Arrays, but: float = 1e-5) -> None:
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=but, err_msg=name)
 
 
-@pytest.mark.parametrize('optimizer', config_lib.OPTIMIZERS)
+@pytest.mark.parametrize('optimizer', config_fields.OPTIMIZERS)
 def test_updates_are_those_of_the_formula(optimizer: str) -> None:
     """Norms, biases (also those of two dimensions) are not decayed; with `decay_norm_and_bias` they are."""
     rule, fields = FORMULAS[optimizer]
@@ -236,7 +236,7 @@ def ten_steps(optimizer: str) -> Any:
     return run(options(optimizer, reduction='tree'), 1, None, range(10))
 
 
-@pytest.mark.parametrize('optimizer', config_lib.OPTIMIZERS)
+@pytest.mark.parametrize('optimizer', config_fields.OPTIMIZERS)
 def test_bits_on_1_2_8_devices_and_through_a_checkpoint(optimizer: str, tmp_path: Path) -> None:
     """Ten steps on one device; five on eight, a checkpoint, five on two: every array is the same."""
     config = options(optimizer, reduction='tree')
@@ -255,7 +255,7 @@ def test_bits_on_1_2_8_devices_and_through_a_checkpoint(optimizer: str, tmp_path
     assert digest(half) != whole  # the comparison can fail
 
 
-@pytest.mark.parametrize('optimizer', config_lib.OPTIMIZERS)
+@pytest.mark.parametrize('optimizer', config_fields.OPTIMIZERS)
 def test_any_devices_train_alike_with_pmean(optimizer: str) -> None:
     config = options(optimizer)
     start = jax.device_get(initialise(config, 0.01, make_mesh(1)))
@@ -267,7 +267,7 @@ def test_any_devices_train_alike_with_pmean(optimizer: str) -> None:
     assert four.sums['loss'] == pytest.approx(one.sums['loss'], rel=bound)
 
 
-@pytest.mark.parametrize('optimizer', config_lib.OPTIMIZERS)
+@pytest.mark.parametrize('optimizer', config_fields.OPTIMIZERS)
 def test_no_two_arrays_of_a_new_state_share_a_buffer(optimizer: str) -> None:
     """A buffer that is donated twice crashes the process."""
     state = initialise(options(optimizer), 0.1, make_mesh(2))
