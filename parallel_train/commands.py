@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from parallel_train.errors import FAULT, OK, DoesNotFit, UserError
-from parallel_train.files import expanded
+from parallel_train.paths import expanded, opened, opened_here
 
 if TYPE_CHECKING:
     from parallel_train.lifeline import Limits
@@ -30,7 +30,7 @@ FLAGS = {
     'data_dir': Flag('string', 'folder of TFDS datasets (default: TFDS_DATA_DIR, ~/tensorflow_datasets)'),
     'devices': Flag('integer', 'devices to use; on CPU, XLA devices to make'),
     'debug': Flag('boolean', 'show tracebacks of user errors'),
-    'from': Flag('string', 'prepare: folder with the four IDX files'),
+    'from': Flag('string', 'prepare: folder with images (train/CLASS/FILE), or with the four IDX files'),
     'json': Flag('boolean', 'plan, evaluate, compile, scale, doctor: JSON alone on stdout'),
     'step': Flag('integer', 'evaluate: which checkpoint (default: the latest)'),
     'ensemble': Flag('boolean', "evaluate: the run's snapshots, each and together"),
@@ -78,7 +78,7 @@ def define_flags(values: flags.FlagValues, names: Sequence[str]) -> None:
 def _workdir(values: Any) -> Path:
     if not values.workdir:
         raise UserError('workdir: is missing; name a folder for the run, --workdir=DIR')
-    return expanded('workdir', values.workdir)
+    return opened('workdir', values.workdir)
 
 
 def prepare(config: Any, values: Any) -> None:
@@ -87,10 +87,11 @@ def prepare(config: Any, values: Any) -> None:
 
     data_dir = dataset.default_data_dir(values.data_dir)
     source = expanded('from', values['from'].value) if values['from'].value else None
-    prepare_lib.prepare(config.dataset, data_dir, source)
-    for split in dict.fromkeys((config.train_split, config.eval_split)):
-        examples = dataset.load_split(config.dataset, split, data_dir)
-        print(f'{split}: {len(examples.images):,} examples of {examples.images.shape[1:]}')
+    splits = tuple(dict.fromkeys((config.train_split, config.eval_split)))
+    prepare_lib.prepare(config.dataset, data_dir, source, splits=splits)
+    for split in splits:
+        examples = dataset.open_split(config, split, data_dir)
+        print(f'{split}: {len(examples):,} examples of {examples.image_shape}')
 
 
 def plan(config: Any, values: Any) -> None:
@@ -159,7 +160,7 @@ def compile_step(config: Any, values: Any) -> None:
 
 
 def scale(config: Any, values: Any) -> None:
-    workdir = _workdir(values)
+    workdir = opened_here('workdir', _workdir(values))
     from parallel_train import config as config_lib
     from parallel_train import dataset, scale_sizes
     from parallel_train.scale import run_scale
@@ -213,7 +214,9 @@ def train(config: Any, values: Any) -> None:
 
 
 # What `evaluate --config` may change: on what and how it is evaluated, not what was trained.
-_OF_EVALUATION = ('dataset', 'eval_split', 'eval_batch_size', 'data_placement')
+_OF_EVALUATION = (
+    'dataset', 'eval_split', 'eval_batch_size', 'data_placement', 'crop_fraction', 'max_corrupt_examples',
+)  # fmt: skip
 
 
 def _check_evaluate_config(config: Any, trained: Any, values: Any, workdir: Path) -> None:
@@ -265,14 +268,14 @@ def evaluate(config: Any, values: Any) -> None:
             for field in _OF_EVALUATION:
                 trained[field] = config[field]
     data_dir = dataset.default_data_dir(values.data_dir)
-    split = dataset.load_split(trained.dataset, trained.eval_split, data_dir)
-    shape, classes = split.images.shape[1:], split.num_classes
+    split = dataset.open_split(trained, trained.eval_split, data_dir)
+    shape, classes = split.image_shape, split.num_classes
     if shape != tuple(trained.input_shape) or classes > trained.num_classes:
         raise UserError(
             f'config.dataset={trained.dataset!r}: has examples {shape} in {classes} classes, but the model '
             f'in {workdir} takes {tuple(trained.input_shape)} and knows {trained.num_classes}'
         )
-    sizes = dataset.Sizes(0, len(split.images), split.images.shape[1:], split.num_classes, '')
+    sizes = dataset.Sizes(0, len(split), shape, classes, '')
     count = choose_devices(trained, sizes, values.devices, workdir, lambda _: None, measure=False)
     if trained.reduction == 'tree' and trained.shards % count:
         raise UserError(

@@ -64,6 +64,7 @@ RUN_FIELDS = (
     'keep_checkpoints',
     'checkpoint_every_minutes',
     'divergence_check_steps',
+    'max_corrupt_examples',
 )
 
 
@@ -149,6 +150,27 @@ def _shape(value: Any) -> str | None:
     )
 
 
+def _share(value: Any) -> str | None:
+    return (
+        None
+        if _number(0, exclusive=True)(value) is None and value <= 1
+        else 'must be more than 0 and at most 1'
+    )
+
+
+def _colours(minimum: float, exclusive: bool = False) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        fits = isinstance(value, tuple | list) and len(value) in (0, 1, 3)
+        if fits and all(_number(minimum, exclusive)(v) is None for v in value):
+            return None
+        lower = 'more than' if exclusive else 'at least'
+        return (
+            f'must be one number a channel, of {lower} {minimum:g}, where pixels are 0 to 1; or () for none'
+        )
+
+    return check
+
+
 def _epochs(value: Any) -> str | None:
     is_row = isinstance(value, tuple | list) and all(
         _number(0, exclusive=True, below=MAX_STEPS)(v) is None for v in value
@@ -204,6 +226,12 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     'decay_norm_and_bias': _boolean,
     'gradient_clip_norm': _number(0),
     'ema_decay': _number(0, below=1),
+    'image_size': _integer(0, 2**14),
+    'random_resized_crop': _boolean,
+    'crop_fraction': _share,
+    'pixel_mean': _colours(0),
+    'pixel_std': _colours(0, exclusive=True),
+    'max_corrupt_examples': _integer(0),
     'random_crop_padding': _integer(0, 2**16),
     'random_flip': _boolean,
     'randaugment_layers': _integer(0, 14),

@@ -11,6 +11,7 @@ import jax
 
 from parallel_train import workdir as workdir_lib
 from parallel_train.checkpoint import open_checkpoints
+from parallel_train.paths import opened
 from parallel_train.state import TrainState, abstract_state, create_model
 
 
@@ -27,12 +28,13 @@ def load_model(
 
     Returns:
       The Linen module, and its variables ('params', and 'batch_stats' if it has any) on the first
-      device. Images are float32 in [0, 1], [batch, height, width, channels]; tokens int32 [batch, length].
+      device. Images are float32 in [0, 1], [batch, height, width, channels]; of a run with `pixel_mean` or
+      `pixel_std`, minus the one, divided by the other. Tokens are int32 [batch, length].
 
     Raises:
       UserError: the workdir holds no such checkpoint, or a model of its own code.
     """
-    workdir = Path(workdir)
+    workdir = opened('workdir', workdir)
     config = workdir_lib.read_config(workdir)
     workdir_lib.check_no_own_code(workdir, config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -39,13 +39,15 @@ def wide_resnet(depth: int, widening: int, classes: int = 10) -> int:
 
 
 # Counts of torchvision (ResNets), of the paper's models for CIFAR-10 (WRN: 36.5 and 8.9 million), of the
-# guide (CNN). ViTs as timm's, without class token (width) and learned positions (197 × width). The
+# guide (CNN), of the layers (`resnet_small`). ViTs as timm's, without class token (width) and learned
+# positions (197 × width). The
 # transformer from its sizes: embedding, positions, four blocks of 12 × width² with 13 × width biases and
 # norms, the last norm.
 SIZES = {
     'cnn': (FASHION, 824_458),
     'fast_net': (FASHION, 867_194),
     'wide_resnet_16_2': (FASHION, 691_386),
+    'resnet_small': (FASHION, 863_986),
     'resnet18': (IMAGENET, 11_689_512),
     'resnet34': (IMAGENET, 21_797_672),
     'resnet50': (IMAGENET, 25_557_032),
