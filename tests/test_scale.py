@@ -97,6 +97,7 @@ def strong(things: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return workdir, scaled(things, workdir, '--mode=strong', '--device_counts=1,2', '--processes=1,2')
 
 
+@pytest.mark.slow
 def test_every_size_is_measured(strong: tuple[Path, dict[str, Any]]) -> None:
     workdir, results = strong
     rows = results['measurements']
@@ -113,11 +114,13 @@ def test_every_size_is_measured(strong: tuple[Path, dict[str, Any]]) -> None:
     assert json.loads((workdir / 'scale.json').read_text()) == results
 
 
+@pytest.mark.slow
 def test_a_size_that_waits_for_its_turn_costs_nothing(strong: tuple[Path, dict[str, Any]]) -> None:
     assert all(turn['idle_cpu'] < 0.2 for turn in strong[1]['turns'])
     assert max(row['idle_cpu_fraction'] for row in strong[1]['measurements']) < 0.1
 
 
+@pytest.mark.slow
 def test_loss_curves_of_strong_scaling_coincide(strong: tuple[Path, dict[str, Any]]) -> None:
     first, *others = strong[1]['measurements']
     assert len(first['losses']) == STEPS and np.isfinite(first['losses']).all()
@@ -127,12 +130,21 @@ def test_loss_curves_of_strong_scaling_coincide(strong: tuple[Path, dict[str, An
         assert row['loss_difference'] == max(abs(np.subtract(row['losses'], first['losses'])))
 
 
+@pytest.mark.slow
 def test_page_and_plots(strong: tuple[Path, dict[str, Any]]) -> None:
     workdir = strong[0]
     page = (workdir / 'scale.html').read_text()
     assert 'NOT A SCALING EFFICIENCY' in page and page.count('<svg') == 2
     for name in ('strong', 'losses'):
         assert (workdir / 'plots' / f'{name}.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_one_size_alone(things: Path, tmp_path: Path) -> None:
+    """What others would be compared with is compared with itself."""
+    [row] = scaled(things, tmp_path / 'run', '--mode=strong', '--device_counts=2')['measurements']
+    assert set(row) >= FIELDS and (row['num_devices'], row['batch_size'], row['shards']) == (2, 32, 4)
+    assert row['step_seconds'] > 0 and row['efficiency'] == 1 and row['loss_difference'] == 0
+    assert (tmp_path / 'run' / 'plots' / 'strong.png').exists()
 
 
 @pytest.mark.slow
@@ -338,6 +350,7 @@ def refused(result: Result, words: Sequence[str]) -> None:
         assert word in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('flags', 'words'),
     [
