@@ -180,7 +180,7 @@ class StreamedSplit:
             return self._decoder
 
     def _leave_out(self, example: int, record: bytes) -> int:
-        """Counts and names an image that does not decode; returns its label. UserError if they are too many."""
+        """Counts and names an image that does not decode; returns its label. UserError if too many."""
         label, reason = self._loaded_decoder().explain(record)
         name = self.name_of(example)
         if label is None:
