@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -80,17 +81,20 @@ class Decoder:
             images, labels = self._decode(
                 tf.constant(records), tf.constant(examples.astype(np.int64)), tf.constant(epoch, tf.int64)
             )
-        except tf.errors.InvalidArgumentError as error:
-            raise Corrupt(error.message.splitlines()[0][:200]) from None
+        except tf.errors.InvalidArgumentError:
+            raise Corrupt from None
         return np.asarray(images), np.asarray(labels)  # views
 
-    def label(self, record: bytes) -> int:
-        """Returns the label of a record whose image cannot be decoded. Raises Corrupt if there is none."""
-        tf = self._tf
+    def explain(self, record: bytes) -> tuple[int | None, str]:
+        """Returns the label of a record whose image does not decode, None if it has none; and the reason."""
+        tf, label = self._tf, None
         try:
-            return int(tf.io.parse_single_example(record, _features(tf))['label'])
-        except tf.errors.InvalidArgumentError as error:
-            raise Corrupt(error.message.splitlines()[0][:200]) from None
+            parsed = tf.io.parse_single_example(record, _features(tf))
+            label = int(parsed['label'])
+            tf.io.decode_image(parsed['image'], channels=3, expand_animations=False)
+        except tf.errors.InvalidArgumentError as error:  # '{{where}} reason [Op:what] name:'
+            return label, re.sub(r'\{\{.*?\}\} | ?\[Op:.*', '', error.message.splitlines()[0])[:200]
+        return label, 'what the crop needs of it'
 
 
 def pixels_and_label(tf: Any, view: View, record: Any, example: Any, epoch: Any) -> Any:

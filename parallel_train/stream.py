@@ -151,27 +151,26 @@ class StreamedSplit:
         """Decodes examples; where one is corrupt, halves them until it is found."""
         try:
             return self._loaded_decoder()(records, examples, epoch)
-        except Corrupt as error:
+        except Corrupt:
             half = len(examples) // 2
             if not half:
-                return self._instead_of(int(examples[0]), records[0], str(error), epoch)
+                return self._instead_of(int(examples[0]), records[0], epoch)
         parts = [self._decoded(examples[at], records[at], epoch) for at in (slice(half), slice(half, None))]
         images, labels = map(np.concatenate, zip(*parts, strict=True))
         return images, labels
 
-    def _instead_of(
-        self, example: int, record: bytes, reason: str, epoch: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _instead_of(self, example: int, record: bytes, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns what stands in for an example that does not decode."""
-        self._leave_out(example, reason)
+        label = self._leave_out(example, record)
         if not self._training:
-            return np.zeros((1, *self.image_shape), np.uint8), np.array([self._label(example, record)])
+            return np.zeros((1, *self.image_shape), np.uint8), np.array([label])
         for later in range(example + 1, example + len(self)):
             other = later % len(self)
+            records = self._records([other])
             try:
-                return self._loaded_decoder()(self._records([other]), np.array([example]), epoch)
-            except Corrupt as error:
-                self._leave_out(other, str(error))
+                return self._loaded_decoder()(records, np.array([example]), epoch)
+            except Corrupt:
+                self._leave_out(other, records[0])
         raise self._too_many()
 
     def _loaded_decoder(self) -> Decoder:
@@ -180,24 +179,21 @@ class StreamedSplit:
             self._decoder = self._decoder or Decoder(self._view)
             return self._decoder
 
-    def _label(self, example: int, record: bytes) -> int:
-        try:
-            return self._loaded_decoder().label(record)
-        except Corrupt as error:
-            raise unreadable(self._prepared.path, f'the record of {self.name_of(example)}', error) from error
-
-    def _leave_out(self, example: int, reason: str) -> None:
-        """Counts and names an image that does not decode; UserError once they are too many."""
+    def _leave_out(self, example: int, record: bytes) -> int:
+        """Counts and names an image that does not decode; returns its label. UserError if too many."""
+        label, reason = self._loaded_decoder().explain(record)
+        name = self.name_of(example)
+        if label is None:
+            raise unreadable(self._prepared.path, f'the record of {name}', ValueError(reason))
         with self._lock:
-            if example in self._corrupt:
-                return
+            known = example in self._corrupt
             self._corrupt.add(example)
-        instead = 'the next one stands in' if self._training else 'it counts as a black image'
-        _log.warning(
-            '%s of %s does not decode: %s (%s)', self.name_of(example), self._prepared.name, instead, reason
-        )
+        if not known:
+            instead = 'the next one stands in' if self._training else 'it counts as a black image'
+            _log.warning('%s: %s does not decode, %s (%s)', self._prepared.name, name, instead, reason)
         if len(self._corrupt) > self._max_corrupt:
             raise self._too_many()
+        return label
 
     def _too_many(self) -> UserError:
         some = ', '.join(map(self.name_of, sorted(self._corrupt)[:_NAMED]))
