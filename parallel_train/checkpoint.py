@@ -27,6 +27,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from parallel_train import processes
 from parallel_train.errors import UserError
+from parallel_train.files import move_folder
+from parallel_train.paths import absolute
 from parallel_train.replicas import digest
 from parallel_train.state import TrainState, saved_parts
 from parallel_train.workdir import CHECKPOINTS
@@ -52,7 +54,7 @@ def open_checkpoints(
       say: shows a line to the user.
       snapshots: steps whose checkpoints are kept for good.
     """
-    directory = (workdir / CHECKPOINTS).resolve()
+    directory = absolute(workdir / CHECKPOINTS)
     if read_only and not directory.is_dir():
         raise UserError(f'workdir={str(workdir)!r}: holds no checkpoints; train first')
     checkpoints = Checkpoints(workdir, keep, read_only, say, snapshots)
@@ -135,7 +137,7 @@ class Checkpoints:
         self._open()
 
     def _open(self) -> None:
-        directory = (self._workdir / CHECKPOINTS).resolve()
+        directory = absolute(self._workdir / CHECKPOINTS)
         accuracy: dict[int, float] = {}
         policy = _KeepLatestAndBest(self._keep, accuracy, self._snapshots)
         if processes.is_first():
@@ -257,11 +259,8 @@ class Checkpoints:
     def _set_aside(self, steps: list[int]) -> None:
         self._manager.close()
         if processes.is_first():
-            (self._workdir / DAMAGED).mkdir(exist_ok=True)
             for step in steps:
-                there = self._workdir / DAMAGED / str(step)
-                shutil.rmtree(there, ignore_errors=True)
-                shutil.move(self._workdir / CHECKPOINTS / str(step), there)
+                move_folder(self._workdir / CHECKPOINTS / str(step), self._workdir / DAMAGED / str(step))
         processes.share(lambda: None)  # all open the folder again once it is done
         self._open()
 

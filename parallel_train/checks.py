@@ -14,6 +14,7 @@ from typing import Any
 
 from parallel_train import machine, processes
 from parallel_train.files import check_writable
+from parallel_train.paths import is_remote
 
 _SKEW = 1.0  # seconds between clocks that are still called equal: rows and files are dated by them
 _FILES = 1024
@@ -242,6 +243,9 @@ def workdir(patient: Patient) -> Finding:
     parts = saved_parts(abstract_state(patient.config, lambda _: 0.0))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts))
     kept = patient.config.keep_checkpoints + 2  # the best, and the one that is being written
+    if is_remote(patient.workdir):
+        text = f'{patient.workdir}: can be written; {kept} checkpoints take {_gib(kept * size)} GiB'
+        return Finding(True, text)
     existing = next(path for path in (patient.workdir, *patient.workdir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     text = f'{patient.workdir}: {_gib(free)} GiB free; {kept} checkpoints take {_gib(kept * size)}'

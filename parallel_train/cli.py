@@ -13,7 +13,7 @@ from absl import flags
 from parallel_train import commands
 from parallel_train import config as config_lib
 from parallel_train.errors import ENDINGS, FAULT, OK, USER_ERROR, Preempted, UserError
-from parallel_train.files import expanded
+from parallel_train.paths import expanded
 
 INTERRUPTED = 130
 

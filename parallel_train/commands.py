@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from parallel_train.errors import FAULT, OK, DoesNotFit, UserError
-from parallel_train.files import expanded
+from parallel_train.paths import expanded, opened, opened_here
 
 if TYPE_CHECKING:
     from parallel_train.lifeline import Limits
@@ -78,7 +78,7 @@ def define_flags(values: flags.FlagValues, names: Sequence[str]) -> None:
 def _workdir(values: Any) -> Path:
     if not values.workdir:
         raise UserError('workdir: is missing; name a folder for the run, --workdir=DIR')
-    return expanded('workdir', values.workdir)
+    return opened('workdir', values.workdir)
 
 
 def prepare(config: Any, values: Any) -> None:
@@ -160,7 +160,7 @@ def compile_step(config: Any, values: Any) -> None:
 
 
 def scale(config: Any, values: Any) -> None:
-    workdir = _workdir(values)
+    workdir = opened_here('workdir', _workdir(values))
     from parallel_train import config as config_lib
     from parallel_train import dataset, scale_sizes
     from parallel_train.scale import run_scale

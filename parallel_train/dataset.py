@@ -23,8 +23,8 @@ from parallel_train.decode import image_shape
 from parallel_train.decoded import load_decoded
 from parallel_train.errors import UserError
 from parallel_train.examples import tokens_of
-from parallel_train.files import expanded
 from parallel_train.known_sets import check_known, stated_sizes
+from parallel_train.paths import opened
 from parallel_train.prepared import Prepared, find_prepared
 
 _IMPORT_PATH = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*$')
@@ -305,4 +305,4 @@ def _check_labels(name: str, split: str, labels: np.ndarray, num_classes: int) -
 
 def default_data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
     """Returns `data_dir`, or where TFDS keeps datasets by default if it is None."""
-    return expanded('data_dir', data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
+    return opened('data_dir', data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')

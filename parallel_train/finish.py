@@ -18,6 +18,7 @@ from parallel_train.dataset import AnySplit
 from parallel_train.examples import is_tokens, unit_of
 from parallel_train.machine import environment
 from parallel_train.metrics import Row, read_rows
+from parallel_train.paths import absolute
 from parallel_train.plan import Plan
 from parallel_train.recorder import Recorder
 from parallel_train.report import Samples, Summary, write_report
@@ -55,14 +56,14 @@ def finish(
         command=command(),
     )
     report = write_report(workdir, summary, plan.rate, _samples(config, state, eval_split))
-    print(f'report: {report.resolve()}', flush=True)
+    print(f'report: {absolute(report)}', flush=True)
 
 
 def say_complete(workdir: Path, step: int, say: Callable[[str], None]) -> None:
     """Prints the results of a run that was finished before."""
     evaluations = [row for row in read_rows(workdir) if row['split'] == 'eval']
     accuracy = f', eval accuracy {evaluations[-1]["accuracy"]:.4f}' if evaluations else ''
-    say(f'already complete at step {step:,}{accuracy}; report: {(workdir / "report.html").resolve()}')
+    say(f'already complete at step {step:,}{accuracy}; report: {absolute(workdir / "report.html")}')
 
 
 def _results(config: Any, plan: Plan, rows: list[Row], recorder: Recorder) -> dict[str, str]:

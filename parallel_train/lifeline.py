@@ -173,7 +173,7 @@ class Lifeline:
             still = now - self._moved
             stuck = self._ticks > 0 and not self._unwatched and still > limits.stall_timeout > 0
             if stuck:
-                self._fail(f'process {self._process} ({processes.host()}) hangs: no step for {still:.0f} s')
+                self.fail(f'process {self._process} ({processes.host()}) hangs: no step for {still:.0f} s')
 
     def _take_signals(self) -> None:
         try:
@@ -231,7 +231,7 @@ class Lifeline:
             silent = now - self._beats[process][1]
             if beat != _GONE and silent > self._limits.heartbeat_timeout:
                 where = f' ({json.loads(beat)[2]})' if beat else ''
-                self._fail(f'process {process}{where} is gone or hangs: no sign of life for {silent:.0f} s')
+                self.fail(f'process {process}{where} is gone or hangs: no sign of life for {silent:.0f} s')
 
     def _agree(self, store: Store) -> None:
         """Settles when all do what one asks for: at the first tick that no process has passed."""
@@ -266,7 +266,7 @@ class Lifeline:
         if not self._end_others(f'process {self._process} ({processes.host()}) was aborted', FAULT):
             self._end('process 0, the coordinator, is gone')
 
-    def _fail(self, message: str) -> None:
+    def fail(self, message: str) -> None:
         """Ends the whole job."""
         self._end_others(message, FAULT)
         self._end(message)

@@ -11,6 +11,7 @@ import jax
 
 from parallel_train import workdir as workdir_lib
 from parallel_train.checkpoint import open_checkpoints
+from parallel_train.paths import opened
 from parallel_train.state import TrainState, abstract_state, create_model
 
 
@@ -33,7 +34,7 @@ def load_model(
     Raises:
       UserError: the workdir holds no such checkpoint, or a model of its own code.
     """
-    workdir = Path(workdir)
+    workdir = opened('workdir', workdir)
     config = workdir_lib.read_config(workdir)
     workdir_lib.check_no_own_code(workdir, config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

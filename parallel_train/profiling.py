@@ -18,6 +18,7 @@ import jax
 from parallel_train import processes
 from parallel_train.errors import UserError
 from parallel_train.files import write_atomically
+from parallel_train.paths import is_remote
 from parallel_train.plan import Plan
 from parallel_train.profile_shares import Shares, read_operations, shares
 from parallel_train.state import TrainState
@@ -32,8 +33,13 @@ class Steps:
     first: int
     last: int
 
-    def check(self, plan: Plan) -> None:
-        """Raises UserError if the run has no such steps."""
+    def check(self, plan: Plan, workdir: Path) -> None:
+        """Raises UserError if the run has no such steps, or the workdir takes no trace."""
+        if is_remote(workdir):
+            raise UserError(
+                f'profile_steps={self.first}:{self.last}: a trace needs a workdir that is a folder; '
+                'name one for a short run'
+            )
         if self.last > plan.num_steps:
             raise UserError(
                 f'profile_steps={self.first}:{self.last}: the run has {plan.num_steps} steps; end at '

@@ -18,6 +18,7 @@ from parallel_train import drawing, plots
 from parallel_train.files import write_atomically
 from parallel_train.metrics import read_rows
 from parallel_train.page import escape, page_of
+from parallel_train.paths import opened
 from parallel_train.plots import Row, Samples
 
 EMPTY = '\u2013'  # stands for None and for nothing
@@ -60,7 +61,7 @@ def write_report(
     `rate(step)` is the learning rate after `step` completed updates. Every file is written whole or
     not at all. Returns the page's path.
     """
-    workdir = Path(workdir)
+    workdir = opened('workdir', workdir)
     config = json.loads((workdir / 'config.json').read_text())
     plan = json.loads((workdir / 'plan.json').read_text())
     rows = read_rows(workdir)

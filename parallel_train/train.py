@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -21,6 +20,7 @@ from parallel_train.diagnose import diagnose
 from parallel_train.errors import Diverged, Preempted, UserError
 from parallel_train.finish import finish, say_complete
 from parallel_train.lifeline import Lifeline, Limits
+from parallel_train.paths import opened
 from parallel_train.plan import Plan, make_plan
 from parallel_train.preflight import check_job, facts
 from parallel_train.run import Run, open_run
@@ -62,7 +62,7 @@ def train_and_evaluate(
     """
     clock = Clock()
     profiled = profiling.parse(profile_steps)
-    workdir, data_dir = Path(workdir), dataset.default_data_dir(data_dir)
+    workdir, data_dir = opened('workdir', workdir), dataset.default_data_dir(data_dir)
     say = print_flushed if processes.is_first() else say_nothing
     with contextlib.ExitStack() as stack:
         lifeline = stack.enter_context(Lifeline(limits))
@@ -82,11 +82,11 @@ def train_and_evaluate(
         )
         workdir_lib.check_plan(workdir, job.config, plan, allow_plan_change)
         if profiled:
-            profiled.check(plan)
+            profiled.check(plan, workdir)
         mesh = mesh_lib.make_mesh(plan.num_devices)
         # The state: the latest checkpoint's, on whatever devices there are now, or a new one.
         if processes.is_first():
-            stack.enter_context(workdir_lib.hold(workdir))
+            stack.enter_context(workdir_lib.hold(workdir, lifeline.fail))
         workdir_lib.check_seen_by_all(workdir)
         keep = job.config.keep_checkpoints
         checkpoints = stack.enter_context(

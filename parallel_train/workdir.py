@@ -8,15 +8,16 @@ import json
 import os
 import socket
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from parallel_train import config as config_lib
-from parallel_train import processes
+from parallel_train import lease, processes
 from parallel_train.errors import UserError
 from parallel_train.files import check_writable, lock, write_atomically
 from parallel_train.machine import BITS_DEPEND_ON
+from parallel_train.paths import is_remote
 from parallel_train.plan import HARDWARE_FIELDS, Plan
 
 # What a checkpoint means depends on these, and every version has written them. Where a field that came
@@ -27,7 +28,7 @@ _ALWAYS_WRITTEN = (
 )  # fmt: skip
 CONFIG, PLAN, METRICS, CHECKPOINTS = 'config.json', 'plan.json', 'metrics.jsonl', 'checkpoints'
 ENVIRONMENT = 'environment.json'  # of the last start
-LOCK = '.lock'
+LOCK, LEASES = '.lock', '.leases'
 _NETWORK_FILES_SHOW = 15.0  # seconds until a new file shows on other hosts; NFS keeps what it knew as long
 
 
@@ -41,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds, from an object store
         raise UserError(
             f'workdir: {path} cannot be read ({error}); put the right one back, or name another workdir'
         ) from error
@@ -86,7 +87,7 @@ def check_no_own_code(workdir: Path, config: Any) -> None:
     """
     for field in ('model', 'loss', 'dataset'):
         module = config[field].partition(':')[0].partition('.')[0]
-        if ':' not in config[field] or not module.isidentifier():
+        if ':' not in config[field] or not module.isidentifier() or is_remote(workdir):
             continue
         spec = None
         with contextlib.suppress(ValueError):  # a module that was made without one
@@ -185,14 +186,25 @@ def claim(workdir: Path, config: Any, plan: Plan, environment: dict[str, str]) -
 
 
 @contextlib.contextmanager
-def hold(workdir: Path) -> Iterator[None]:
+def hold(workdir: Path, lost: Callable[[str], None] | None = None) -> Iterator[None]:
     """Creates the workdir and keeps other jobs out of it.
 
     By a lock of the operating system's, which ends with the process however that ends: none is ever stale.
+    In an object store by a lease.
+
+    Args:
+      workdir: of the job.
+      lost: ends the process, with a message; called in a thread if a lease is lost.
 
     Raises:
       UserError: another process holds it.
     """
+    if is_remote(workdir):
+        assert lost, workdir
+        with lease.held(workdir / LEASES, lost) as owner:
+            write_atomically(workdir / LOCK, owner)
+            yield
+        return
     new = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / LOCK, 'a+') as file:
