@@ -44,7 +44,9 @@ def fetch(base: str, data_dir: Path) -> Path:
     if not objects:
         return folder  # which is not there: nothing is prepared
     root.mkdir(parents=True, exist_ok=True)
-    with exclusive(root / f'.{folder.name}.lock'):
+    with exclusive(root / f'.{folder.name}.lock') as alone:
+        for leftover in root.glob(f'.{folder.name}-*.part') if alone else ():
+            shutil.rmtree(leftover, ignore_errors=True)
         if not folder.is_dir():
             size = sum(info['size'] for info in objects.values())
             check_room(f'the copy of {source}', root, size)

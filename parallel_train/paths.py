@@ -27,7 +27,9 @@ def opened(field: str, path: str | os.PathLike[str]) -> Path:
     scheme = re.match(r'([A-Za-z][\w+.-]+)://', text)
     if not scheme:
         if text.startswith(f'{_SCHEME}:/'):
-            raise UserError(f'{field}={text!r}: pathlib has made one slash of two; give it as a string')
+            raise UserError(
+                f'{field}={text!r}: is not gs://BUCKET/NAME (pathlib makes one slash of two: give a string)'
+            )
         return expanded(field, text)
     if scheme[1] != _SCHEME:
         raise UserError(

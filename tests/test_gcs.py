@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -220,7 +221,7 @@ def test_data_is_copied_once_and_compared(store: Any, data_dir: Path, job: Job) 
 def test_a_run_that_is_killed_goes_on(store: Any, job: Job, trained: Path, tmp_path: Path) -> None:
     """Its rows and its last state are, to the bit, those of a local run that nobody killed."""
     workdir = paths.opened('workdir', f'{BUCKET}/run')
-    line = job.line('train', '--devices=2', f'--workdir={workdir}')
+    line = job.train(str(workdir))
     process = subprocess.Popen(cli(*line), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
     while not (workdir / 'checkpoints' / '12' / 'commit_success.txt').exists():
         assert process.poll() is None
@@ -246,6 +247,11 @@ def test_a_run_that_is_killed_goes_on(store: Any, job: Job, trained: Path, tmp_p
 
     again = run_ok(*line)  # released: nothing to wait for
     assert 'already complete' in again.stdout and 'waiting' not in again.stderr
+    launch = [sys.executable, 'launch/local.py', '--processes=2', '--devices_per_process=1', '--']
+    two = [*launch, *job.line('train', f'--workdir={workdir}')]
+    both = subprocess.run(two, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert both.returncode == 0 and 'already complete' in both.stdout, both.stderr  # both see one lock
+
     with lease.held(workdir / '.leases', no_loss):
         refused = run_cli(*line)
     assert (refused.code, refused.stdout) == (2, '') and 'another job runs there' in refused.stderr
