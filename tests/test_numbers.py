@@ -43,8 +43,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from parallel_train import config as config_lib
-from parallel_train import config as config_lib
 from parallel_train import config_fields
+
 given = dict(np.load(sys.argv[2]))
 images = given.pop('images').astype(np.float64) / 255
 labels = given.pop('labels')
