@@ -181,6 +181,7 @@ def recipe(**overrides: Any) -> Any:
 
 def open_loop(config: Any, data_dir: Path, num_devices: int, workdir: Path) -> Loop:
     """Returns the loop of `train_and_evaluate` for `config`, at step 0, on devices already started."""
+    from parallel_train.checkpoint import open_checkpoints
     from parallel_train.clock import Clock
     from parallel_train.lifeline import Lifeline, Limits
     from parallel_train.mesh import make_mesh
@@ -196,10 +197,10 @@ def open_loop(config: Any, data_dir: Path, num_devices: int, workdir: Path) -> L
     mesh = make_mesh(num_devices)
     learning_rate_fn = create_learning_rate_fn(job.config, plan.peak_learning_rate, plan.steps_per_epoch)
     state = initialise(job.config, learning_rate_fn, mesh)
-    unused: Any = None  # nothing is saved before the last step, which never comes
     stack = contextlib.ExitStack()
     lifeline = stack.enter_context(Lifeline(Limits()))
-    opened = open_run(job, plan, mesh, workdir, state, unused, lifeline, Clock(), skip_nonfinite=0)
+    checkpoints = stack.enter_context(open_checkpoints(workdir))
+    opened = open_run(job, plan, mesh, workdir, state, checkpoints, lifeline, Clock(), skip_nonfinite=0)
     return Loop(stack.enter_context(opened), state, stack)
 
 

@@ -22,7 +22,8 @@ def get_config() -> config_dict.ConfigDict:
 
     config.batch_size = 8192
     config.eval_batch_size = 2048
-    config.shards = 256  # BatchNorm over 32 examples (section 3.1)
+    # BatchNorm over n = 32 examples (section 3.1), on any number of devices: shards = batch_size / 32.
+    config.shards = 256
     config.num_epochs = 90.0
 
     config.schedule = 'steps'

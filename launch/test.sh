@@ -5,4 +5,5 @@ set -euo pipefail
 case $0 in */*) cd -- "${0%/*}/.." ;; *) cd .. ;; esac
 source launch/setup.sh
 setup_environment test
-exec "$python" -m pytest "$@"
+# Two at a time: most of a test is start-up, which uses one core.
+exec "$python" -m pytest -n 2 --dist loadfile "$@"

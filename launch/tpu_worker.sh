@@ -24,7 +24,7 @@ install() {
     sudo apt-get install -qq -y python3.11 python3.11-venv
   fi
   source launch/setup.sh
-  setup_environment tpu
+  setup_environment tpu,gcs
   if [[ ${1-} ]]; then
     bash -euo pipefail -c "$1"
   fi

@@ -193,12 +193,14 @@ def gather(split: AnySplit, examples: np.ndarray, mesh: Mesh, weights: Any = Non
     cut = P(DATA_AXIS)
     if isinstance(split, Split):
         images, labels = (lambda i: split.images[examples[i]]), (lambda i: split.labels[examples[i]])
+        label_shape = (len(examples), *split.labels.shape[1:])
     else:
         images, labels = _read_local(split, examples, mesh, epoch)
+        label_shape = examples.shape
     image_shape = (len(examples), *split.image_shape)
     data = {
         'image': put(mesh, image_shape, cut, lambda i: images(i[0])),
-        'label': put(mesh, examples.shape, cut, lambda i: labels(i[0])),
+        'label': put(mesh, label_shape, cut, lambda i: labels(i[0])),
         'index': put(mesh, examples.shape, cut, lambda i: examples[i[0]]),
     }
     if weights is not None:

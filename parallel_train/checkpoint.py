@@ -3,6 +3,9 @@
 Each keeps fingerprints of its arrays (replicas.py), which are compared when it is restored: what is damaged
 is never used. (Orbax and TensorStore by themselves take a chunk with flipped bits as it is.) The one before
 is used, and the damaged one set aside.
+
+Every process holds the whole state: process 0 alone writes, each reads for itself, and Orbax never waits for
+another process, which may have met a full disk or be gone. What process 0 found, all do.
 """
 
 from __future__ import annotations
@@ -10,17 +13,21 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from parallel_train import processes
 from parallel_train.errors import UserError
+from parallel_train.files import move_folder
+from parallel_train.kept import KeepLatestAndBest, open_manager, quiet_orbax
+from parallel_train.paths import absolute
 from parallel_train.replicas import digest
 from parallel_train.state import TrainState, saved_parts
 from parallel_train.workdir import CHECKPOINTS
@@ -31,7 +38,11 @@ _FINGERPRINTS, _ACCURACY = 'fingerprints', 'accuracy'  # in the metadata of a ch
 
 @contextlib.contextmanager
 def open_checkpoints(
-    workdir: Path, keep: int = 1, read_only: bool = False, say: Callable[[str], None] = print
+    workdir: Path,
+    keep: int = 1,
+    read_only: bool = False,
+    say: Callable[[str], None] = print,
+    snapshots: Collection[int] = (),
 ) -> Iterator[Checkpoints]:
     """Opens the checkpoints of a workdir; on leaving, waits for saves under way.
 
@@ -40,60 +51,16 @@ def open_checkpoints(
       keep: how many of the latest are kept, besides the best on the eval split.
       read_only: nothing is created or cleaned up.
       say: shows a line to the user.
+      snapshots: steps whose checkpoints are kept for good.
     """
-    directory = (workdir / CHECKPOINTS).resolve()
+    directory = absolute(workdir / CHECKPOINTS)
     if read_only and not directory.is_dir():
         raise UserError(f'workdir={str(workdir)!r}: holds no checkpoints; train first')
-    checkpoints = Checkpoints(workdir, keep, read_only, say)
+    checkpoints = Checkpoints(workdir, keep, read_only, say, snapshots)
     try:
         yield checkpoints
     finally:
         checkpoints.close()
-
-
-def _open_manager(
-    directory: Path, policy: preservation_policy.PreservationPolicy, read_only: bool
-) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy,
-        read_only=read_only,
-        create=not read_only,
-        cleanup_tmp_directories=not read_only,
-    )
-    with _quiet_orbax():  # else it warns of what `read_only` means
-        # With the handler named, Orbax does not tell from the first checkpoint that it meets, perhaps one
-        # whose deletion was cut short, how to read all of them.
-        return ocp.CheckpointManager(
-            directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
-        )
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-class _KeepLatestAndBest(preservation_policy.PreservationPolicy):
-    """Keeps the latest `latest` checkpoints, and the one of the highest accuracy.
-
-    Orbax's own policy for the best knows nothing of what was saved before a resume.
-    """
-
-    def __init__(self, latest: int, accuracy: dict[int, float]):
-        self._latest, self._accuracy = latest, accuracy
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = [info.step for info in checkpoints]
-        kept = set(sorted(steps)[-self._latest :])
-        evaluated = [step for step in steps if step in self._accuracy]
-        if evaluated:
-            kept.add(max(evaluated, key=lambda step: (self._accuracy[step], step)))
-        return [step in kept for step in steps]
 
 
 class Damaged(Exception):
@@ -103,28 +70,41 @@ class Damaged(Exception):
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, workdir: Path, keep: int, read_only: bool, say: Callable[[str], None]):
-        self._workdir, self._keep, self._read_only, self._say = workdir, keep, read_only, say
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int,
+        read_only: bool,
+        say: Callable[[str], None],
+        snapshots: Collection[int],
+    ):
+        self._workdir, self._keep, self._say, self._snapshots = workdir, keep, say, snapshots
+        self._read_only = read_only or not processes.is_first()
         self._saving: int | None = None  # the step of the last save
         self._open()
 
     def _open(self) -> None:
-        directory = (self._workdir / CHECKPOINTS).resolve()
+        directory = absolute(self._workdir / CHECKPOINTS)
         accuracy: dict[int, float] = {}
-        policy = _KeepLatestAndBest(self._keep, accuracy)
-        self._manager, self._accuracy = _open_manager(directory, policy, self._read_only), accuracy
+        policy = KeepLatestAndBest(self._keep, accuracy, self._snapshots)
+        if processes.is_first():
+            self._manager = open_manager(directory, policy, self._read_only)
+        self._latest: int | None = processes.share(lambda: self._manager.latest_step())
+        if not processes.is_first():  # now that process 0 has made the folder
+            self._manager = open_manager(directory, policy, self._read_only)
+        self._accuracy = accuracy
         for step in self.steps():
             with contextlib.suppress(Exception):  # none, or damaged
                 accuracy[step] = float(self._metadata(step)[_ACCURACY])
 
     def _metadata(self, step: int) -> dict[str, Any]:
         """Returns what `save` put beside the arrays; {} where it is lost."""
-        with _quiet_orbax():
+        with quiet_orbax():
             return self._manager.metadata(step).custom_metadata or {}
 
     def latest_step(self) -> int | None:
-        """Returns the completed steps of the latest whole checkpoint, None if there is none."""
-        return self._manager.latest_step()
+        """Returns the completed steps of the latest checkpoint, None if there is none."""
+        return self._latest
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -148,35 +128,37 @@ class Checkpoints:
         beside: dict[str, Any] = {_FINGERPRINTS: fingerprints}
         if accuracy is not None:
             beside[_ACCURACY] = self._accuracy[step] = accuracy
-        try:
-            begun = self._manager.save(
-                step, args=ocp.args.StandardSave(saved_parts(state)), custom_metadata=beside, force=True
-            )
-        except Exception as error:  # of many kinds, from Orbax and TensorStore
-            self._failed(error)
+
+        def begin() -> None:
+            parts = jax.tree.map(_here, saved_parts(state))
+            args = ocp.args.StandardSave(parts)
+            begun = self._manager.save(step, args=args, custom_metadata=beside, force=True)
+            assert begun, step
+
+        if not self._written(begin):
             return False
-        assert begun, step
+        self._latest = step
         return True
 
     def wait(self) -> bool:
         """Waits until every save is on disk; False if the disk did not take the last one: said."""
-        problem: Exception | None = None
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            problem = error
-        # Process 0 commits. What it could not is not there, whatever the others believe.
-        if processes.share(lambda: problem is None):
-            return True
-        self._failed(problem or OSError('process 0 could not write it'))
-        return False
+        return self._written(lambda: self._manager.wait_until_finished())
 
-    def _failed(self, error: Exception) -> None:
-        """Says that a save failed and makes its remains go, so that their space is free."""
-        if processes.exchange_failed(error):  # not the disk: another process is gone
-            raise error
+    def _written(self, write: Callable[[], None]) -> bool:
+        """Makes process 0 `write`; where it cannot, says so and makes what remains go: its space is free."""
+        problem = ''
+        if processes.is_first():
+            try:
+                write()
+            except Exception as error:  # of many kinds, from Orbax and TensorStore
+                if processes.exchange_failed(error):  # not the disk: another process is gone
+                    raise
+                problem = _first_line(error)
+        problem = processes.share(lambda: problem)
+        if not problem:
+            return True
         self._say(
-            f'warning: the checkpoint of step {self._saving} could not be written ({_first_line(error)}); '
+            f'warning: the checkpoint of step {self._saving} could not be written ({problem}); '
             'training goes on'
         )
         with contextlib.suppress(Exception):
@@ -185,6 +167,7 @@ class Checkpoints:
             for remains in (self._workdir / CHECKPOINTS).glob('*.orbax-checkpoint-tmp*'):
                 shutil.rmtree(remains, ignore_errors=True)
         self._open()
+        return False
 
     def restore_latest(self, template: TrainState, sharding: Any) -> TrainState | None:
         """Returns the state of the latest checkpoint that is whole, None if there is no checkpoint.
@@ -192,14 +175,18 @@ class Checkpoints:
         Damaged ones after it are set aside, and said.
 
         Raises:
-          UserError: there are checkpoints, but none can be restored.
+          UserError: there are checkpoints, but none can be restored; or process 0 can, and another not.
         """
         problems: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(processes.share(self.steps)):
+            state, problem = None, ''
             try:
                 state = self._restore(template, sharding, step)
             except Damaged as error:
-                problems[step] = str(error)
+                problem = str(error)
+            problem = _of_all(step, problem)
+            if problem:
+                problems[step] = problem
                 continue
             for bad, problem in problems.items():
                 self._say(f'warning: checkpoint {bad} is damaged ({problem}); going on from the one before')
@@ -210,7 +197,8 @@ class Checkpoints:
             step, steps = max(problems), ', '.join(map(str, sorted(problems)))
             raise UserError(
                 f'workdir={str(self._workdir)!r}: none of its checkpoints, {steps}, '
-                'holds the arrays of this config.model and config.optimizer, or they are damaged; name '
+                'holds the arrays of this config.model, config.optimizer and config.ema_decay, or they are '
+                f'damaged; name '
                 f'another workdir ({problems[step]})'
             )
         return None
@@ -218,11 +206,8 @@ class Checkpoints:
     def _set_aside(self, steps: list[int]) -> None:
         self._manager.close()
         if processes.is_first():
-            (self._workdir / DAMAGED).mkdir(exist_ok=True)
             for step in steps:
-                there = self._workdir / DAMAGED / str(step)
-                shutil.rmtree(there, ignore_errors=True)
-                shutil.move(self._workdir / CHECKPOINTS / str(step), there)
+                move_folder(self._workdir / CHECKPOINTS / str(step), self._workdir / DAMAGED / str(step))
         processes.share(lambda: None)  # all open the folder again once it is done
         self._open()
 
@@ -254,11 +239,12 @@ class Checkpoints:
             ) from error
 
     def _restore(self, template: TrainState, sharding: Any, step: int) -> TrainState:
+        local = sharding if sharding.is_fully_addressable else NamedSharding(sharding.mesh.local_mesh, P())
         target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved_parts(template)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local), saved_parts(template)
         )
         try:
-            with _quiet_orbax():
+            with quiet_orbax():
                 parts = self._manager.restore(step, args=ocp.args.StandardRestore(target))
             kept = self._metadata(step).get(_FINGERPRINTS)
         except Exception as error:  # of many kinds, from Orbax and TensorStore
@@ -270,10 +256,36 @@ class Checkpoints:
         differing = [name for name in found if found[name] != kept.get(name)]
         if differing:
             raise Damaged(f'{differing[0]} is not what was saved')
-        return state
+        if local is sharding:
+            return state
+        return state.replace(**jax.tree.map(lambda x: _everywhere(x, sharding), parts))
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _of_all(step: int, problem: str) -> str:
+    """Returns what process 0 met in restoring a checkpoint; another that meets more sees another disk."""
+    first, *others = processes.gather(f'checkpoint {step}', problem)
+    for process, met in enumerate(others, 1):
+        if met and not first:
+            failure = UserError(
+                f'workdir: process {process} cannot restore checkpoint {step} ({met}), which process 0 can; '
+                'do all see one disk?'
+            )
+            failure.on_every_process = True
+            raise failure
+    return first
+
+
+def _here(x: jax.Array) -> jax.Array | np.ndarray:
+    """Returns this process's copy of a replicated array, as Orbax takes it from one of several processes."""
+    return x if x.is_fully_addressable else np.array(x.addressable_data(0))
+
+
+def _everywhere(x: jax.Array, sharding: Any) -> jax.Array:
+    """Returns the replicated array of all processes from this one's copies."""
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
 
 
 def _first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from parallel_train import machine, processes
 from parallel_train.files import check_writable
+from parallel_train.paths import is_remote
 
 _SKEW = 1.0  # seconds between clocks that are still called equal: rows and files are dated by them
 _FILES = 1024
@@ -179,6 +180,7 @@ def gradients(patient: Patient) -> Finding:
     from jax.sharding import Mesh
 
     from parallel_train import config as config_lib
+    from parallel_train import examples
     from parallel_train.batches import gather
     from parallel_train.dataset import Split
     from parallel_train.mesh import make_mesh
@@ -192,12 +194,11 @@ def gradients(patient: Patient) -> Finding:
     config = patient.config.copy_and_resolve_references().unlock()
     config.update({'batch_size': batch, 'shards': count, 'accumulation_steps': 1, 'num_epochs': 2.0})
     config.update({'optimizer': 'sgd', 'momentum': 0.0, 'weight_decay': 0.0, 'reduction': 'pmean'})
+    config.update({'gradient_dtype': 'float32'})  # which the tolerance is for
     if not config.input_shape:
         config.update({'input_shape': (28, 28, 1), 'num_classes': 10})
     config = config_lib.complete(config)
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch, *config.input_shape), dtype=np.uint8)
-    split = Split(images, rng.integers(0, config.num_classes or 10, batch).astype(np.int32), ())
+    split = Split(*examples.noise(config.input_shape, config.num_classes or 10, batch), ())
 
     def after_a_step(mesh: Mesh) -> Any:
         plan = make_plan(config, batch, 1, mesh.size)
@@ -242,6 +243,9 @@ def workdir(patient: Patient) -> Finding:
     parts = saved_parts(abstract_state(patient.config, lambda _: 0.0))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts))
     kept = patient.config.keep_checkpoints + 2  # the best, and the one that is being written
+    if is_remote(patient.workdir):
+        text = f'{patient.workdir}: can be written; {kept} checkpoints take {_gib(kept * size)} GiB'
+        return Finding(True, text)
     existing = next(path for path in (patient.workdir, *patient.workdir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     text = f'{patient.workdir}: {_gib(free)} GiB free; {kept} checkpoints take {_gib(kept * size)}'

@@ -4,46 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-
 from parallel_train.errors import FAULT, OK, DoesNotFit, UserError
-from parallel_train.files import expanded
+from parallel_train.flag_names import JOB_FLAGS, PROCESS_FLAGS
+from parallel_train.paths import expanded, opened, opened_here
 
 if TYPE_CHECKING:
     from parallel_train.lifeline import Limits
-
-
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    kind: str  # 'string' | 'integer' | 'float' | 'boolean'
-    text: str
-
-
-FLAGS = {
-    'workdir': Flag('string', 'folder of the run: checkpoints, metrics, report'),
-    'data_dir': Flag('string', 'folder of TFDS datasets (default: TFDS_DATA_DIR, ~/tensorflow_datasets)'),
-    'devices': Flag('integer', 'devices to use; on CPU, XLA devices to make'),
-    'debug': Flag('boolean', 'show tracebacks of user errors'),
-    'from': Flag('string', 'prepare: folder with images (train/CLASS/FILE), or with the four IDX files'),
-    'json': Flag('boolean', 'plan, evaluate, compile, doctor: JSON alone on stdout'),
-    'step': Flag('integer', 'evaluate: which checkpoint (default: the latest)'),
-    'skip_nonfinite': Flag('integer', 'train: leave out up to so many steps that are not finite'),
-    'coordinator': Flag('string', 'HOST:PORT of process 0, in a job of several processes'),
-    'num_processes': Flag('integer', 'how many processes the job has'),
-    'process_id': Flag('integer', 'which of them this is, from 0'),
-    'start_timeout': Flag('float', 'seconds to wait for all processes to come (300)'),
-    'heartbeat_timeout': Flag('float', 'seconds without a sign of life of a process that end the job (60)'),
-    'stall_timeout': Flag('float', 'seconds without a step after which a process is stuck (600; 0: never)'),
-    'topology': Flag('string', 'compile: for which hardware, such as v5e:2x4,v5p:4x4x4,cpu:8'),
-    'fit': Flag('boolean', 'compile: search the largest batch that fits'),
-    'allow_plan_change': Flag('boolean', 'train: continue a job although its config or plan changed'),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,23 +25,10 @@ class Command:
     needs_config: bool = True
 
 
-def define_flags(values: flags.FlagValues, names: Sequence[str]) -> None:
-    define = {
-        'string': flags.DEFINE_string,
-        'integer': flags.DEFINE_integer,
-        'float': flags.DEFINE_float,
-        'boolean': flags.DEFINE_boolean,
-    }
-    for name in names:
-        flag = FLAGS[name]
-        default = False if flag.kind == 'boolean' else None
-        define[flag.kind](name, default, flag.text, flag_values=values)  # type: ignore[operator]
-
-
 def _workdir(values: Any) -> Path:
     if not values.workdir:
         raise UserError('workdir: is missing; name a folder for the run, --workdir=DIR')
-    return expanded('workdir', values.workdir)
+    return opened('workdir', values.workdir)
 
 
 def prepare(config: Any, values: Any) -> None:
@@ -83,7 +41,7 @@ def prepare(config: Any, values: Any) -> None:
     prepare_lib.prepare(config.dataset, data_dir, source, splits=splits)
     for split in splits:
         examples = dataset.open_split(config, split, data_dir)
-        print(f'{split}: {len(examples):,} images of {examples.image_shape}')
+        print(f'{split}: {len(examples):,} examples of {examples.image_shape}')
 
 
 def plan(config: Any, values: Any) -> None:
@@ -151,6 +109,40 @@ def compile_step(config: Any, values: Any) -> None:
         raise DoesNotFit(f'does not fit: {", ".join(misfits)}')
 
 
+def scale(config: Any, values: Any) -> None:
+    workdir = opened_here('workdir', _workdir(values))
+    from parallel_train import config as config_lib
+    from parallel_train import dataset, scale_sizes
+    from parallel_train.scale import run_scale
+    from parallel_train.show_scale import scale_table
+
+    if not values.device_counts:
+        raise UserError('device_counts: is missing; name some, such as --device_counts=1,2,4,8')
+    if values.devices is not None:
+        raise UserError(f'devices={values.devices}: scale takes the numbers of devices from --device_counts')
+    data_dir = dataset.default_data_dir(values.data_dir)
+    sizes = dataset.find_sizes(config, data_dir)
+    config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
+    experiment = scale_sizes.plan_experiment(
+        config,
+        sizes,
+        scale_sizes.modes_of('weak,strong' if values.mode is None else values.mode),
+        scale_sizes.numbers('device_counts', values.device_counts),
+        scale_sizes.numbers('processes', '1' if values.processes is None else values.processes),
+        50 if values.steps is None else values.steps,
+        5 if values.rounds is None else values.rounds,
+    )
+    dataset.load_split(config.dataset, config.train_split, data_dir)  # decoded once, by one process
+    results = run_scale(
+        config, sizes, experiment, workdir, data_dir, lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    if values.json:
+        print(json.dumps(results, indent=1))
+    else:
+        print(scale_table(results))
+        print(f'\npage: {(workdir / "scale.html").resolve()}')
+
+
 def train(config: Any, values: Any) -> None:
     workdir = _workdir(values)
     skip = values.skip_nonfinite or 0
@@ -160,29 +152,22 @@ def train(config: Any, values: Any) -> None:
     from parallel_train.train import train_and_evaluate
 
     train_and_evaluate(
-        config, workdir, values.data_dir, values.devices, values.allow_plan_change, skip, limits
+        config,
+        workdir,
+        values.data_dir,
+        values.devices,
+        values.allow_plan_change,
+        skip,
+        limits,
+        values.profile_steps,
     )
 
 
-# What `evaluate --config` may change: on what and how it is evaluated, not what was trained.
-_OF_EVALUATION = (
-    'dataset', 'eval_split', 'eval_batch_size', 'data_placement', 'crop_fraction', 'max_corrupt_examples',
-)  # fmt: skip
+def evaluate(config: Any, values: Any) -> None:
+    workdir = _workdir(values)
+    from parallel_train.evaluate_run import evaluate_run
 
-
-def _check_evaluate_config(config: Any, trained: Any, values: Any, workdir: Path) -> None:
-    """Refuses another model, and overrides that would change nothing."""
-    if config.model != trained.model:
-        raise UserError(
-            f'config.model={config.model!r}: {workdir} holds a {trained.model!r}; give the config '
-            'that it was trained with, or none'
-        )
-    for field in (name.removeprefix('config.') for name in values if name.startswith('config.')):
-        if field not in _OF_EVALUATION and config[field] != trained[field]:
-            raise UserError(
-                f'config.{field}={config[field]!r}: has no effect on an evaluation, and {workdir} was '
-                f'trained with {trained[field]!r}; leave it out. Used are: {", ".join(_OF_EVALUATION)}'
-            )
+    evaluate_run(config, values, workdir)
 
 
 def doctor(config: Any, values: Any) -> int:
@@ -201,55 +186,6 @@ def doctor(config: Any, values: Any) -> int:
     return OK if fit else FAULT
 
 
-def evaluate(config: Any, values: Any) -> None:
-    workdir = _workdir(values)
-    from parallel_train import dataset
-    from parallel_train import workdir as workdir_lib
-    from parallel_train.devices import choose_devices
-    from parallel_train.evaluate import Evaluator
-    from parallel_train.load import load_state
-    from parallel_train.mesh import make_mesh, replicated
-
-    trained = workdir_lib.read_config(workdir)
-    if config is None:
-        workdir_lib.check_no_own_code(workdir, trained)
-    else:
-        _check_evaluate_config(config, trained, values, workdir)
-        with trained.unlocked():
-            for field in _OF_EVALUATION:
-                trained[field] = config[field]
-    data_dir = dataset.default_data_dir(values.data_dir)
-    split = dataset.open_split(trained, trained.eval_split, data_dir)
-    shape, classes = split.image_shape, split.num_classes
-    if shape != tuple(trained.input_shape) or classes > trained.num_classes:
-        raise UserError(
-            f'config.dataset={trained.dataset!r}: has images {shape} in {classes} classes, but the model in '
-            f'{workdir} takes {tuple(trained.input_shape)} and knows {trained.num_classes}'
-        )
-    sizes = dataset.Sizes(0, len(split), shape, classes, '')
-    count = choose_devices(trained, sizes, values.devices, workdir, lambda _: None, measure=False)
-    if trained.reduction == 'tree' and trained.shards % count:
-        raise UserError(
-            f"devices={count}: must divide config.shards={trained.shards} with config.reduction='tree'; use "
-            f'--devices={math.gcd(count, trained.shards)}'
-        )
-    mesh = make_mesh(count)
-    state = load_state(trained, workdir, replicated(mesh), values.step)
-    metrics = Evaluator(split, trained, mesh, state)(state)
-    assert metrics is not None
-    result = {'split': 'eval', 'step': int(state.step), **metrics}
-    if values.json:
-        print(json.dumps(result))
-    else:
-        print(
-            f'{trained.eval_split} at step {result["step"]:,}: accuracy {result["accuracy"]:.4f}, '
-            f'loss {result["loss"]:.4f}, on all {result["num_examples"]:,} examples'
-        )
-
-
-_JOB_FLAGS = ('coordinator', 'num_processes', 'process_id', 'start_timeout')
-_PROCESS_FLAGS = (*_JOB_FLAGS, 'heartbeat_timeout', 'stall_timeout')
-
 COMMANDS = {
     'prepare': Command(
         'get the dataset into --data_dir, from local files or by download',
@@ -263,17 +199,30 @@ COMMANDS = {
         'compile the train step for hardware that is not here; says whether it fits',
         compile_step, ('topology', 'fit', 'json', 'data_dir', 'workdir', 'devices', 'debug'),
     ),
+    'scale': Command(
+        'measure how the speed changes with the number of devices; table, JSON, plots, page',
+        scale,
+        (
+            'device_counts', 'mode', 'processes', 'steps', 'rounds', 'workdir', 'data_dir', 'json', 'devices',
+            'debug',
+        ),
+    ),
     'train': Command(
         'train, evaluate and checkpoint into --workdir; resumes by itself',
         train,
-        ('workdir', 'data_dir', 'devices', 'allow_plan_change', 'skip_nonfinite', *_PROCESS_FLAGS, 'debug'),
+        (
+            'workdir', 'data_dir', 'devices', 'allow_plan_change', 'skip_nonfinite', 'profile_steps',
+            *PROCESS_FLAGS, 'debug',
+        ),
     ),
     'doctor': Command(
         'self-test of this machine or job, one line a check',
-        doctor, ('workdir', 'data_dir', 'devices', 'json', *_JOB_FLAGS, 'debug'), needs_config=False,
+        doctor, ('workdir', 'data_dir', 'devices', 'json', *JOB_FLAGS, 'debug'), needs_config=False,
     ),
     'evaluate': Command(
         'exact metrics of a checkpoint on the eval split',
-        evaluate, ('workdir', 'data_dir', 'devices', 'step', 'json', 'debug'), needs_config=False,
+        evaluate,
+        ('workdir', 'data_dir', 'devices', 'step', 'ensemble', 'raw', 'json', 'debug'),
+        needs_config=False,
     ),
 }  # fmt: skip

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from parallel_train import batches
 from parallel_train.dataset import Sizes
+from parallel_train.examples import layout
 from parallel_train.hlo import Collective, collectives
 from parallel_train.mesh import is_cpu, replicated
 from parallel_train.plan import Plan
@@ -147,8 +148,10 @@ def step_shapes(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
         abstract_state(config, learning_rate_fn),
     )
-    examples, image = sizes.num_train_examples, sizes.input_shape
-    image_bytes = examples * math.prod(image)
+    count = sizes.num_train_examples
+    parts = layout(sizes.input_shape, sizes.num_classes)
+    (image, image_dtype), (label, label_dtype) = parts['image'], parts['label']
+    image_bytes = count * math.prod(image) * image_dtype.itemsize
     shapes: dict[str, tuple[tuple[int, ...], Any]]
     if config.data_placement == 'device' or (
         config.data_placement == 'auto'
@@ -156,14 +159,14 @@ def step_shapes(
         and batches.may_stay(image_bytes, memory_bytes)
     ):
         shapes = {
-            'images': ((examples, *image), jnp.uint8),
-            'labels': ((examples,), jnp.int32),
+            'images': ((count, *image), image_dtype),
+            'labels': ((count, *label), label_dtype),
             'order': ((plan.steps_per_epoch, plan.batch_size), jnp.int32),
         }
     else:
         shapes = {
-            'image': ((plan.batch_size, *image), jnp.uint8),
-            'label': ((plan.batch_size,), jnp.int32),
+            'image': ((plan.batch_size, *image), image_dtype),
+            'label': ((plan.batch_size, *label), label_dtype),
             'index': ((plan.batch_size,), jnp.int32),
         }
     places = batches.specs(dict.fromkeys(shapes))  # type: ignore[arg-type]

@@ -22,8 +22,9 @@ from parallel_train.config import import_object
 from parallel_train.decode import image_shape
 from parallel_train.decoded import load_decoded
 from parallel_train.errors import UserError
-from parallel_train.files import expanded
+from parallel_train.examples import tokens_of
 from parallel_train.known_sets import check_known, stated_sizes
+from parallel_train.paths import opened
 from parallel_train.prepared import Prepared, find_prepared
 
 _IMPORT_PATH = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*$')
@@ -34,8 +35,9 @@ class Split:
     """The examples of a split.
 
     Attributes:
-      images: uint8 [n, h, w, c], memory-mapped where they come from a prepared set; read-only.
-      labels: int32 [n], each in 0..num_classes - 1.
+      images: uint8 [n, h, w, c], memory-mapped where they come from a prepared set; read-only. Or rows of
+        tokens, [n, length]: see examples.py.
+      labels: int32 [n], each in 0..num_classes - 1. Of tokens, they themselves.
       class_names: one a class; the numbers themselves where the set has no names.
     """
 
@@ -104,7 +106,7 @@ def load_split(name: str, split: str, data_dir: Path) -> Split:
       name: `name[/config][:version]` of a set prepared in `data_dir`, or an import path
         `package.module:function`. The function is called as `function(split, data_dir)` and returns
         {'image': uint8 [n, h, w(, c)], 'label': int [n]}, optionally with 'class_names' (a list),
-        or the pair (images, labels).
+        or the pair (images, labels), or {'tokens': ...}: see `examples.tokens_of`.
       split: such as 'train', 'train[:55000]', 'train[10%:]'; to a function it goes as it stands.
       data_dir: where `prepare` put the set.
 
@@ -224,8 +226,8 @@ def _sizes_of_function(config: Any, data_dir: Path | None) -> tuple[dict[str, An
     shapes = train.images.shape[1:], evaluation.images.shape[1:]
     if shapes[0] != shapes[1]:
         raise UserError(
-            f'config.dataset={config.dataset!r}: images of the train split are {shapes[0]} and those of the '
-            f'eval split {shapes[1]}; they must be of one shape'
+            f'config.dataset={config.dataset!r}: examples of the train split are {shapes[0]} and those of '
+            f'the eval split {shapes[1]}; they must be of one shape'
         )
     known = {
         'num_train_examples': len(train.images),
@@ -251,11 +253,16 @@ def _call(name: str, split: str, data_dir: Path | None) -> Split:
         raise UserError(f'config.dataset={name!r}: must name a function')
     try:
         result = function(split, data_dir)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f'config.dataset={name!r}: fails when called as function({split!r}, {str(data_dir)!r}): '
             f'{type(error).__name__}: {error}'
         ) from error
+    if isinstance(result, dict) and 'tokens' in result:
+        tokens, num_classes = tokens_of(name, split, result)
+        return Split(tokens, tokens, tuple(map(str, range(num_classes))))
     names: tuple[str, ...] = ()
     if isinstance(result, tuple | list) and len(result) == 2:
         images, labels = result
@@ -265,7 +272,7 @@ def _call(name: str, split: str, data_dir: Path | None) -> Split:
     else:
         raise UserError(
             f'dataset={name!r} returned {type(result).__name__}, not '
-            "{'image': ..., 'label': ...} nor (images, labels)"
+            "{'image': ..., 'label': ...} nor (images, labels) nor {'tokens': ...}"
         )
     images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
@@ -298,4 +305,4 @@ def _check_labels(name: str, split: str, labels: np.ndarray, num_classes: int) -
 
 def default_data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
     """Returns `data_dir`, or where TFDS keeps datasets by default if it is None."""
-    return expanded('data_dir', data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
+    return opened('data_dir', data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')

@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from parallel_train import machine, processes
+from parallel_train import examples, machine, processes
 from parallel_train.batches import gather
-from parallel_train.config import RUN_FIELDS
+from parallel_train.config_fields import RUN_FIELDS
 from parallel_train.dataset import Sizes, Split
 from parallel_train.errors import UserError
 from parallel_train.files import write_atomically
@@ -145,11 +145,9 @@ def fastest(config: Any, sizes: Sizes, counts: list[int], say: Callable[[str], N
 def _stepper(config: Any, sizes: Sizes, count: int) -> Callable[[], float]:
     """Returns a function that measures the compiled step, on a resident batch of noise: seconds."""
     batch = config.batch_size
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch, *sizes.input_shape), dtype=np.uint8)
-    labels = rng.integers(0, sizes.num_classes, batch, dtype=np.int32)
     mesh = make_mesh(count)
-    data = gather(Split(images, labels, ()), np.arange(batch, dtype=np.int32), mesh)
+    split = Split(*examples.noise(sizes.input_shape, sizes.num_classes, batch), ())
+    data = gather(split, np.arange(batch, dtype=np.int32), mesh)
     one_epoch = config.copy_and_resolve_references().unlock()
     one_epoch.num_epochs = 1.0  # however short the run is
     step = make_train_step(config, make_plan(one_epoch, batch, 1, count), mesh)

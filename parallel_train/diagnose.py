@@ -1,7 +1,7 @@
 """Where did a number that is not finite come from?
 
 The state is frozen as it was before the step (update.py), so the step can be looked at again: shard by
-shard, on one device, without any exchange.
+shard, on one device, without any exchange (with `batch_norm='global'` too: by the shard's statistics).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _look_at(
       The first tensor that is not finite, '' if all are; and which of the shard's examples it comes from,
       bool [examples]: all where that cannot be told.
     """
-    forward = make_forward(config, state.apply_fn)
+    forward = make_forward(config, state.apply_fn, alone=True)
     shards = take_shards(state.step, state.key, data, config, plan, shard, 1)
     outputs: list[tuple[str, Any]] = []
 
@@ -82,8 +82,7 @@ def _look_at(
         if isinstance(output, jax.Array) and not bool(jnp.all(jnp.isfinite(output))):
             return f'the output of {name}', _bad_rows(output) if len(output) == len(everyone) else everyone
     if not bool(jnp.isfinite(loss)):
-        losses, weights = forward.loss(outputs[-1][1], batch)
-        return 'the loss', _bad_rows(losses * weights)
+        return 'the loss', _bad_rows(forward.measure(outputs[-1][1], batch, True)[0])
     grads = jax.jit(lambda s: sums_of_shards(forward, s.params, s.batch_stats, shards))(state)['grads']
     if bad := _first_bad(grads):
         return f'the gradient of {bad}', _bad_alone(forward, state, batch, key)

@@ -39,12 +39,11 @@ MAX_POINTS = 400  # more than a chart of this width can show
 SPACE = '\u00a0'  # SVG drops plain spaces at the ends of a text
 
 
-def chart(title: str, plan: Mapping[str, Any], last_step: int) -> tuple[Figure, Axes]:
-    """An empty chart over [0, last_step], the x axis in epochs with the steps in a row beneath."""
+def frame(title: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """An empty chart with a title, `height` CSS pixels high."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+    figure = Figure(figsize=(WIDTH / 72, height / 72))
     axes = figure.add_axes((0.125, 0.17, 0.85, 0.695))
     figure.text(0, 0.985, title, fontsize=13.5, fontweight='bold', color=LIGHT['ink'], va='top')
     axes.spines[['top', 'right', 'left']].set_visible(False)
@@ -53,6 +52,14 @@ def chart(title: str, plan: Mapping[str, Any], last_step: int) -> tuple[Figure, 
     axes.set_axisbelow(True)
     axes.tick_params(axis='y', length=0, labelsize=11.5, labelcolor=LIGHT['muted'])
     axes.tick_params(axis='x', color=LIGHT['muted'], labelsize=11.5, labelcolor=LIGHT['ink'])
+    return figure, axes
+
+
+def chart(title: str, plan: Mapping[str, Any], last_step: int) -> tuple[Figure, Axes]:
+    """An empty chart over [0, last_step], the x axis in epochs with the steps in a row beneath."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = frame(title)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(lambda value, _: f'{value:.4g}')
     end = max(last_step, 1) / plan['steps_per_epoch']

@@ -47,11 +47,12 @@ class Evaluator:
 
         None if `interrupted`, which is asked before each batch, says so.
         """
+        variables = state.evaluated()
         sums: list[dict[str, jax.Array]] = []
         for i, data in enumerate(self._batches()):
             if interrupted():
                 return None
-            sums.append(self._step(state.params, state.batch_stats, data, np.int32(i)))
+            sums.append(self._step(variables['params'], variables['batch_stats'], data, np.int32(i)))
             if i >= _IN_FLIGHT:  # so many batches are on the devices at most
                 jax.block_until_ready(sums[i - _IN_FLIGHT])
         # Added in float64: the split may be larger than float32 can count.

@@ -1,4 +1,7 @@
-"""Where may files be written, and how, so that nobody meets half of them?"""
+"""Where may files be written, and how, so that nobody meets half of them?
+
+Paths of an object store are taken too, where the answer is that of objects.py.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from parallel_train import objects
 from parallel_train.errors import UserError
+from parallel_train.paths import is_remote
 
 # What a file system without locks answers.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
-
-def expanded(field: str, path: str | os.PathLike[str]) -> Path:
-    """Returns the path that a flag gives; shells leave the `~` of `--workdir=~/run` to the program.
-
-    Raises:
-      UserError: there is no such home; `field` is the flag's name.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(
-            f'{field}={str(path)!r}: there is no such home folder; write the path in full'
-        ) from error
 
 
 def check_writable(field: str, folder: Path) -> None:
@@ -38,11 +29,13 @@ def check_writable(field: str, folder: Path) -> None:
     Raises:
       UserError: it cannot; `field` is the flag that names it.
     """
+    if is_remote(folder):
+        return objects.check_store(field, folder)
     try:
         existing = next((path for path in (folder, *folder.parents) if path.exists()), folder)
         if existing.is_dir():
             tempfile.TemporaryFile(dir=existing).close()
-            return
+            return None
         reason = f'{existing} is not a folder'
     except OSError as error:
         reason = error.strerror or str(error)
@@ -62,6 +55,8 @@ def check_room(what: str, folder: Path, needed: int) -> None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file so that readers see the old content or the new one, whatever happens."""
     data = content.encode() if isinstance(content, str) else content
+    if is_remote(path):
+        return objects.write(path, data)
     handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
     try:
         with os.fdopen(handle, 'wb') as file:
@@ -73,6 +68,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def move_folder(path: Path, target: Path) -> None:
+    """Moves a folder to `target`, in place of what is there."""
+    if is_remote(path):
+        return objects.move(path, target)
+    target.parent.mkdir(exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.move(path, target)
 
 
 @contextlib.contextmanager
@@ -154,6 +158,11 @@ class Growing:
         with contextlib.suppress(OSError):
             self.sync()
         self._file.close()
+
+
+def growing(path: Path) -> Growing | objects.Rewritten:
+    """Opens what is appended to; made if need be."""
+    return objects.Rewritten(path) if is_remote(path) else Growing(path)
 
 
 def lock(descriptor: int, wait: bool = False) -> bool:

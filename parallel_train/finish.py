@@ -15,8 +15,10 @@ import numpy as np
 from parallel_train import augment
 from parallel_train.clock import Clock
 from parallel_train.dataset import AnySplit
+from parallel_train.examples import is_tokens, unit_of
 from parallel_train.machine import environment
 from parallel_train.metrics import Row, read_rows
+from parallel_train.paths import absolute
 from parallel_train.plan import Plan
 from parallel_train.recorder import Recorder
 from parallel_train.report import Samples, Summary, write_report
@@ -54,14 +56,14 @@ def finish(
         command=command(),
     )
     report = write_report(workdir, summary, plan.rate, _samples(config, state, eval_split))
-    print(f'report: {report.resolve()}', flush=True)
+    print(f'report: {absolute(report)}', flush=True)
 
 
 def say_complete(workdir: Path, step: int, say: Callable[[str], None]) -> None:
     """Prints the results of a run that was finished before."""
     evaluations = [row for row in read_rows(workdir) if row['split'] == 'eval']
     accuracy = f', eval accuracy {evaluations[-1]["accuracy"]:.4f}' if evaluations else ''
-    say(f'already complete at step {step:,}{accuracy}; report: {(workdir / "report.html").resolve()}')
+    say(f'already complete at step {step:,}{accuracy}; report: {absolute(workdir / "report.html")}')
 
 
 def _results(config: Any, plan: Plan, rows: list[Row], recorder: Recorder) -> dict[str, str]:
@@ -73,7 +75,7 @@ def _results(config: Any, plan: Plan, rows: list[Row], recorder: Recorder) -> di
         results[f'{config.eval_split} loss'] = f'{last["loss"]:.4f}'
     if recorder.step_seconds:
         rate = recorder.steps_seen * plan.batch_size / recorder.step_seconds
-        results['images/s'] = f'{rate:,.0f}'
+        results[f'{unit_of(config.input_shape)}/s'] = f'{rate:,.0f}'
     results['devices'] = f'{plan.num_devices} × {jax.devices()[0].device_kind}'
     return results
 
@@ -96,13 +98,14 @@ def command() -> str:
     return shlex.join(['python', '-m', 'parallel_train', *sys.argv[1:]])
 
 
-def _samples(config: Any, state: TrainState, split: AnySplit) -> Samples:
+def _samples(config: Any, state: TrainState, split: AnySplit) -> Samples | None:
     """Picks test images with predictions: up to `_WRONG` wrong ones, the others as they come."""
+    if is_tokens(config.input_shape):
+        return None
     count = min(_SAMPLES_FROM, len(split), max(_SAMPLES, _PIXELS // math.prod(split.image_shape)))
     images, labels = split.read(np.arange(count))
     model, one = create_model(config), jax.devices()[0]
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    variables = jax.device_put(jax.device_get(variables), one)
+    variables = jax.device_put(jax.device_get(state.evaluated()), one)
 
     def probabilities_of(variables: Any, images: jax.Array) -> jax.Array:
         logits: Any = model.apply(

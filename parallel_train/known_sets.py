@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from parallel_train.config import nearest
+from parallel_train.config_fields import nearest
 from parallel_train.errors import UserError
 from parallel_train.prepared import Features, parse_features, parse_name
 

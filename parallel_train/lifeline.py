@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from parallel_train import processes
+from parallel_train.abort import on_abort
 from parallel_train.errors import FAULT, PREEMPTED, USER_ERROR, UserError
+from parallel_train.store import NoAnswer, Store, answers, open_store
 
 _PERIOD = 0.2  # seconds between two looks
 _BEAT = 1.0  # seconds between two signs of life
 _SUSPENDED = 4.0  # seconds between two looks that mean that this process was stopped meanwhile
 _LAST_WORDS = 3.0  # seconds to tell the others why the job ends, and for them to read it from process 0
-_ROOT = 'parallel_train/lifeline'
 _GONE = 'gone'  # the last sign of life of a process that has ended well
 
 
@@ -56,7 +57,8 @@ class Lifeline:
 
     def __init__(self, limits: Limits):
         self._limits, self._save_every = limits, 0.0
-        self._store, self._process, self._count = processes.client(), processes.index(), processes.count()
+        self._process, self._count = processes.index(), processes.count()
+        self._store = open_store('parallel_train/lifeline')
         self._lock = threading.Lock()  # held while the processes agree, so that `tick` waits
         self._ticks, self._moved = 0, time.monotonic()
         self._unwatched = 0
@@ -65,6 +67,7 @@ class Lifeline:
         self._signals, self._asked = 0, ''
         self._last_save = self._heard = time.monotonic()
         self._ended = threading.Event()
+        self._hooks = contextlib.ExitStack()
         self._beats: dict[int, tuple[str | None, float]] = {}  # process -> last sign of life, since when
         self.completed = 0  # steps that the devices are known to have completed
 
@@ -104,8 +107,12 @@ class Lifeline:
             self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, lambda *_: None)
-        loops = [self._watch] if self._store is None else [self._watch, self._talk]
-        self._threads = [threading.Thread(target=loop, name='lifeline', daemon=True) for loop in loops]
+        self._threads = [threading.Thread(target=self._watch, name='lifeline', daemon=True)]
+        if self._store is not None:
+            talk = threading.Thread(target=self._talk, args=[self._store], name='lifeline', daemon=True)
+            self._threads.append(talk)
+        if self._store is not None and self._process:
+            self._hooks.enter_context(on_abort(self._aborting))
         for thread in self._threads:
             thread.start()
         return self
@@ -114,6 +121,7 @@ class Lifeline:
         if error is not None and self._store is not None:
             self._tell_of(error)
         self._ended.set()
+        self._hooks.close()
         for thread in self._threads:
             thread.join(timeout=5)
         for number, handler in self._handlers.items():
@@ -165,7 +173,7 @@ class Lifeline:
             still = now - self._moved
             stuck = self._ticks > 0 and not self._unwatched and still > limits.stall_timeout > 0
             if stuck:
-                self._fail(f'process {self._process} ({processes.host()}) hangs: no step for {still:.0f} s')
+                self.fail(f'process {self._process} ({processes.host()}) hangs: no step for {still:.0f} s')
 
     def _take_signals(self) -> None:
         try:
@@ -194,58 +202,58 @@ class Lifeline:
 
     # ------------------------------------------------------------ the other processes
 
-    def _talk(self) -> None:
+    def _talk(self, store: Store) -> None:
         next_beat = 0.0
         while not self._ended.wait(_PERIOD / 10 if self._told_ticks else _PERIOD):
             now = time.monotonic()
             try:
                 if now >= next_beat:
                     next_beat = now + _BEAT
-                    self._beat(now)
-                self._agree()
+                    self._beat(store, now)
+                self._agree(store)
                 self._heard = time.monotonic()
-            except _StoreError:
+            except NoAnswer:
                 continue  # `_watch` ends the job if this lasts
-        with contextlib.suppress(_StoreError):
-            self._put(f'beat/{self._process}', _GONE)
+        with contextlib.suppress(NoAnswer):
+            store.put(f'beat/{self._process}', _GONE, again=True)
 
-    def _beat(self, now: float) -> None:
-        self._put(f'beat/{self._process}', json.dumps([now, self.completed, processes.host()]))
-        told = self._get('end')
+    def _beat(self, store: Store, now: float) -> None:
+        store.put(f'beat/{self._process}', json.dumps([now, self.completed, processes.host()]), again=True)
+        told = store.get('end')
         if told:
             message, code = json.loads(told)
             self._end(message, code, stacks=code == FAULT)
         # Process 0 watches all; the others watch process 0.
         for process in range(self._count) if self._process == 0 else (0,):
-            beat = self._get(f'beat/{process}')
+            beat = store.get(f'beat/{process}')
             if process not in self._beats or beat != self._beats[process][0]:
                 self._beats[process] = (beat, now)
             silent = now - self._beats[process][1]
             if beat != _GONE and silent > self._limits.heartbeat_timeout:
                 where = f' ({json.loads(beat)[2]})' if beat else ''
-                self._fail(f'process {process}{where} is gone or hangs: no sign of life for {silent:.0f} s')
+                self.fail(f'process {process}{where} is gone or hangs: no sign of life for {silent:.0f} s')
 
-    def _agree(self) -> None:
+    def _agree(self, store: Store) -> None:
         """Settles when all do what one asks for: at the first tick that no process has passed."""
         if self._due is not None or self._over:
             return
         here = f'round/{self._round}'
         if self._asked:
-            self._put(f'{here}/ask', self._asked)
-        what = self._get(f'{here}/ask')
+            store.put(f'{here}/ask', self._asked)
+        what = store.get(f'{here}/ask')
         if what is None:
             return
         if not self._told_ticks:
             self._lock.acquire()  # the main thread passes no tick until all have told theirs
             self._told_ticks = True
-        self._put(f'{here}/at/{self._process}', str(self._ticks))  # again, should the store not have heard
+        store.put(f'{here}/at/{self._process}', str(self._ticks))  # again, should the store not have heard
         if self._process == 0:
-            ticks = [self._get(f'{here}/at/{process}') for process in range(self._count)]
+            ticks = [store.get(f'{here}/at/{process}') for process in range(self._count)]
             if None not in ticks:
-                self._put(f'{here}/go', str(max(int(tick) for tick in ticks if tick) + 1))
+                store.put(f'{here}/go', str(max(int(tick) for tick in ticks if tick) + 1))
         # A process that has come to the end of its run tells no ticks any more: all come to theirs.
-        over = any(self._get(f'beat/{process}') == _GONE for process in range(self._count))
-        go = self._get(f'{here}/go')  # after `over`: what was settled before somebody left holds
+        over = any(store.get(f'beat/{process}') == _GONE for process in range(self._count))
+        go = store.get(f'{here}/go')  # after `over`: what was settled before somebody left holds
         if go is not None or over:
             if go is not None:
                 self._settle(int(go), what)
@@ -253,13 +261,23 @@ class Lifeline:
             self._round, self._told_ticks = self._round + 1, False
             self._lock.release()
 
-    def _fail(self, message: str) -> None:
+    def _aborting(self) -> None:
+        """Says why, before this process ends: JAX aborts it where the connection to process 0 breaks."""
+        if not self._end_others(f'process {self._process} ({processes.host()}) was aborted', FAULT):
+            self._end('process 0, the coordinator, is gone')
+
+    def fail(self, message: str) -> None:
         """Ends the whole job."""
         self._end_others(message, FAULT)
         self._end(message)
 
-    def _end_others(self, message: str, code: int) -> None:
-        _try(lambda: self._put('end', json.dumps([message, code])))
+    def _end_others(self, message: str, code: int) -> bool:
+        return self._tell(lambda store: store.put('end', json.dumps([message, code])))
+
+    def _tell(self, words: Callable[[Store], None]) -> bool:
+        """Says last words to the others, if there are any; whether they were heard."""
+        store = self._store
+        return store is not None and answers(lambda: words(store), _LAST_WORDS)
 
     def _end(self, message: str, code: int = FAULT, stacks: bool = True) -> None:
         """Ends this process, telling where it stood."""
@@ -274,48 +292,14 @@ class Lifeline:
         """Ends this process at once; process 0, where the store is, when the others have read why."""
         with contextlib.suppress(Exception):
             sys.stdout.flush()
-        _try(self._say_goodbye)
+        self._tell(self._say_goodbye)
         os._exit(code)
 
-    def _say_goodbye(self) -> None:
-        self._put(f'beat/{self._process}', _GONE)
+    def _say_goodbye(self, store: Store) -> None:
+        store.put(f'beat/{self._process}', _GONE, again=True)
         others = range(1, self._count) if self._process == 0 else ()
-        while any(self._get(f'beat/{i}') != _GONE for i in others):
+        while any(store.get(f'beat/{i}') != _GONE for i in others):
             time.sleep(_PERIOD / 10)
-
-    def _get(self, key: str) -> str | None:
-        try:
-            return self._store.key_value_try_get(f'{_ROOT}/{key}')
-        except Exception as error:  # of jaxlib's own kind
-            if 'NOT_FOUND' in str(error):
-                return None
-            raise _StoreError from error
-
-    def _put(self, key: str, value: str) -> None:
-        """Sets a value; of any but a sign of life the first word stands."""
-        if self._store is None:
-            return
-        try:
-            self._store.key_value_set(f'{_ROOT}/{key}', value, allow_overwrite=key.startswith('beat/'))
-        except Exception as error:
-            if 'ALREADY_EXISTS' not in str(error):
-                raise _StoreError from error
-
-
-class _StoreError(Exception):
-    """The store does not answer."""
-
-
-def _try(talk: Callable[[], None]) -> None:
-    """Talks to the store, for so long as last words may take; a network that is cut would never answer."""
-
-    def quietly() -> None:
-        with contextlib.suppress(_StoreError):
-            talk()
-
-    thread = threading.Thread(target=quietly, daemon=True)
-    thread.start()
-    thread.join(_LAST_WORDS)
 
 
 def _say(line: str) -> None:

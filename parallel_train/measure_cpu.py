@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from parallel_train.compiled import Compiled, compile_step
 from parallel_train.dataset import Sizes
+from parallel_train.examples import is_tokens
 from parallel_train.plan import make_plan
 from parallel_train.roofline import Prediction, fit_cpu
 from parallel_train.schedule import create_learning_rate_fn
@@ -48,7 +49,7 @@ def measure_on_cpu(
       say: shows a line of progress.
     """
     others: list[Compiled] = []
-    for batch_size in _other_batch_sizes(compiled.plan.shards, compiled.plan.batch_size):
+    for batch_size in other_batch_sizes(compiled.plan.shards, compiled.plan.batch_size):
         if len(others) < _CALIBRATION_SIZES and batch_size <= sizes.num_train_examples:
             changed = config.copy_and_resolve_references().unlock()
             changed.batch_size = batch_size
@@ -64,7 +65,7 @@ def measure_on_cpu(
     return Measured(measured, model.predict(compiled.flops * mesh.size))
 
 
-def _other_batch_sizes(shards: int, batch_size: int) -> list[int]:
+def other_batch_sizes(shards: int, batch_size: int) -> list[int]:
     """Returns batch sizes around the given one, nearest first, with as many shards and devices."""
     examples = batch_size // shards
     around = [examples // 2, examples * 2, examples // 4, examples * 4, examples * 3]
@@ -94,8 +95,9 @@ def _stepper(config: Any, sizes: Sizes, mesh: Mesh, compiled: Compiled) -> Calla
     fresh = initialise(config, learning_rate_fn, mesh)
     # The same arrays in the very structure that the program was compiled for.
     state = jax.tree.unflatten(jax.tree.structure(state_shapes), jax.tree.leaves(fresh))
+    values = sizes.num_classes if is_tokens(sizes.input_shape) else 256
     below = {
-        'image': 256, 'images': 256, 'label': sizes.num_classes, 'labels': sizes.num_classes,
+        'image': values, 'images': values, 'label': sizes.num_classes, 'labels': sizes.num_classes,
         'index': sizes.num_train_examples, 'order': sizes.num_train_examples,
     }  # fmt: skip
     rng = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from parallel_train import events
 from parallel_train.errors import UserError
-from parallel_train.files import Growing, write_atomically
+from parallel_train.files import growing, write_atomically
 from parallel_train.workdir import METRICS
 
 Row = dict[str, Any]
@@ -23,7 +23,7 @@ def read_rows(workdir: Path) -> list[Row]:
       UserError: another line is no row.
     """
     try:
-        lines = (workdir / METRICS).read_text(errors='replace').splitlines(keepends=True)
+        lines = (workdir / METRICS).read_bytes().decode(errors='replace').splitlines(keepends=True)
     except FileNotFoundError:
         return []
     rows = []
@@ -54,8 +54,8 @@ class MetricsLog:
             return
         self.rows = [row for row in read_rows(workdir) if row['step'] <= from_step]
         write_atomically(self._path, ''.join(json.dumps(row) + '\n' for row in self.rows))
-        self._file = Growing(self._path)
-        self._events = Growing(workdir / events.file_name())
+        self._file = growing(self._path)
+        self._events = growing(workdir / events.file_name())
         self._events.append(events.beginning(from_step))
 
     def splits_at(self, step: int) -> list[str]:
@@ -78,6 +78,7 @@ class MetricsLog:
         if not self._active:
             return True
         problem = self._file.sync()
+        self._events.sync()
         self._warn_of(problem)
         return not problem
 

@@ -14,8 +14,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from parallel_train import config as config_lib
+from parallel_train import config_fields
 from parallel_train.errors import UserError
-from parallel_train.schedule import Piece, epochs_to_steps, rate_at, schedule_pieces
+from parallel_train.pieces import Piece
+from parallel_train.schedule import READS, epochs_to_steps, rate_at, schedule_pieces, snapshot_steps
 
 HARDWARE_FIELDS = ('num_devices', 'num_processes', 'per_device_batch_size')
 
@@ -48,6 +50,7 @@ class Plan:
     log_every_steps: int
     eval_every_steps: int
     checkpoint_every_steps: int
+    snapshot_steps: list[int]  # ends of the schedule's cycles: evaluated, saved, and kept
     divergence_check_steps: int
     warnings: list[str]
     pieces: tuple[Piece, ...] = dataclasses.field(repr=False)
@@ -66,8 +69,11 @@ class Plan:
         return step / self.steps_per_epoch
 
     def is_due(self, step: int, every_steps: int) -> bool:
-        """Whether what happens every so many steps happens once `step` updates are completed."""
-        return step == self.num_steps or step % every_steps == 0
+        """Whether what happens every so many steps happens once `step` updates are completed.
+
+        At snapshots and at the end everything does.
+        """
+        return step == self.num_steps or step % every_steps == 0 or step in self.snapshot_steps
 
     def anything_due(self, step: int) -> bool:
         """Whether anything happens once `step` updates are completed."""
@@ -142,7 +148,7 @@ def make_plan(
             f'{config.learning_rate_scaling} scaling by {batch_size}/{config.reference_batch_size}'
         )
     pieces = schedule_pieces(config, peak, steps_per_epoch)
-    warmup_steps = next((math.ceil(p.length) for p in pieces if p.shape == 'linear'), 0)
+    warmup_steps = next((math.ceil(p.length) for p in pieces if p.name == 'warmup'), 0)
     _check_countable('warmup_epochs', config.warmup_epochs, warmup_steps, steps_per_epoch)
     decay_steps = math.ceil(_decay_length(pieces))
     boundaries = [math.ceil(piece.begin) for piece in pieces[1:]]
@@ -173,6 +179,7 @@ def make_plan(
         eval_every_steps=_every_steps(config.eval_every_epochs, steps_per_epoch, num_steps),
         checkpoint_every_steps=config.checkpoint_every_steps
         or _every_steps(config.checkpoint_every_epochs, steps_per_epoch, num_steps),
+        snapshot_steps=snapshot_steps(config, pieces, num_steps),
         divergence_check_steps=config.divergence_check_steps or num_steps,
         warnings=_warnings(config, pieces, steps_per_epoch, num_steps),
         pieces=pieces,
@@ -181,17 +188,16 @@ def make_plan(
 
 def _decay_length(pieces: tuple[Piece, ...]) -> float:
     """Returns how many steps lie between the end of the warmup and the last change of the rate."""
-    after_warmup = [piece for piece in pieces if piece.shape != 'linear']
-    if after_warmup[-1].shape == 'cosine':
-        return after_warmup[-1].length
-    return after_warmup[-1].begin - after_warmup[0].begin
+    after_warmup = [piece for piece in pieces if piece.name != 'warmup']
+    first, last = after_warmup[0], after_warmup[-1]
+    return last.begin - first.begin + (last.length if math.isfinite(last.length) else 0)
 
 
 def _check_countable(field: str, epochs: float, steps: float, steps_per_epoch: int) -> None:
-    if steps > config_lib.MAX_STEPS:
+    if steps > config_fields.MAX_STEPS:
         raise UserError(
-            f'config.{field}={epochs:g}: is more steps than can be counted, {config_lib.MAX_STEPS}; with '
-            f'{steps_per_epoch} steps an epoch, use at most {config_lib.MAX_STEPS // steps_per_epoch}'
+            f'config.{field}={epochs:g}: is more steps than can be counted, {config_fields.MAX_STEPS}; with '
+            f'{steps_per_epoch} steps an epoch, use at most {config_fields.MAX_STEPS // steps_per_epoch}'
         )
 
 
@@ -242,6 +248,7 @@ def _check_fit(
             f"config.shards={shards}: must be a power of two with config.reduction='tree', which adds the "
             f'shards in a binary tree; such as {1 << max(turns - 1, 0).bit_length()}'
         )
+    _check_exchange(config)
     parts = shards or turns  # a multiple of `turns` either way
     near = _near_multiples(batch_size, parts, at_most=num_train_examples)
     if batch_size % turns:
@@ -251,10 +258,34 @@ def _check_fit(
         )
     if batch_size % parts:
         raise UserError(f'config.batch_size={batch_size}: must be divisible by shards={shards}; {near}')
+    for field in ('mixup_alpha', 'cutmix_alpha'):
+        if config[field] and batch_size == parts:
+            raise UserError(
+                f'config.{field}={config[field]:g}: mixes the examples of a shard, and each of the {parts} '
+                f'shards has one alone; use fewer shards, or a batch_size of at least {2 * parts}'
+            )
     if batch_size > num_train_examples:
         raise UserError(
             f'config.batch_size={batch_size}: is larger than the train split, which holds '
             f'{num_train_examples} examples; {near}'
+        )
+
+
+def _check_exchange(config: Any) -> None:
+    if config.reduction == 'tree' and config.gradient_dtype != 'float32':
+        raise UserError(
+            f"config.gradient_dtype={config.gradient_dtype!r}: cannot be used with config.reduction='tree', "
+            'which adds float32; use float32, or pmean'
+        )
+    if config.batch_norm == 'global' and config.reduction == 'tree':
+        raise UserError(
+            "config.batch_norm='global': cannot be used with config.reduction='tree', which computes one "
+            'shard at a time; use shard, or pmean'
+        )
+    if config.batch_norm == 'global' and config.accumulation_steps > 1:
+        raise UserError(
+            f"config.batch_norm='global': cannot be used with config.accumulation_steps="
+            f'{config.accumulation_steps}, as the turns know nothing of one another; use shard, or 1'
         )
 
 
@@ -268,13 +299,13 @@ def _warnings(config: Any, pieces: Iterable[Piece], steps_per_epoch: int, num_st
             f'end before step {last.begin:g}, from which on the rate would be {last.start:.6g}; training '
             f'ends at rate {final:.6g}.'
         )
-    elif last.shape == 'cosine' and num_steps <= last.begin:
+    elif config.schedule == 'cosine' and num_steps <= last.begin:
         warnings.append(
             f'TRAINING ENDS INSIDE THE WARMUP: its {num_steps} steps (num_epochs={config.num_epochs:g}) end '
             f'before the {last.begin:g} of the warmup do, so the peak rate is never used; '
             f'training ends at rate {final:.6g}.'
         )
-    elif last.shape == 'cosine' and num_steps < math.floor(last.begin + last.length):
+    elif config.schedule == 'cosine' and num_steps < math.floor(last.begin + last.length):
         warnings.append(
             f'THE DECAY WILL NOT BE FINISHED: num_epochs - warmup_epochs = '
             f'{config.num_epochs - config.warmup_epochs:g} is less than 1, and the cosine takes at '
@@ -284,4 +315,11 @@ def _warnings(config: Any, pieces: Iterable[Piece], steps_per_epoch: int, num_st
         warnings.append(
             f"schedule='constant' has no warmup: warmup_epochs={config.warmup_epochs:g} has no effect."
         )
+    defaults = config_lib.default_config()
+    for field in sorted({field for fields in READS.values() for field in fields}):
+        unread = field not in READS[config.schedule] and field != 'warmup_epochs'  # said above
+        if unread and config[field] != defaults[field]:
+            warnings.append(
+                f'schedule={config.schedule!r} does not read {field}: {config[field]!r} has no effect.'
+            )
     return warnings

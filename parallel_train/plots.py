@@ -62,6 +62,8 @@ def boundary_marks(plan: Mapping[str, Any]) -> list[tuple[int, str]]:
     if decay > 0:
         names.setdefault(warmup + decay, []).append('decay ends')
     names.setdefault(int(plan['num_steps']), []).append('last step')
+    for step in plan.get('snapshot_steps', ()):
+        names.setdefault(int(step), ['cycle ends'])
     for step in plan.get('boundaries', ()):
         if step > 0:
             names.setdefault(int(step), ['rate changes'])

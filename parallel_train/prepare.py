@@ -22,8 +22,9 @@ from parallel_train.dataset import is_import_path
 from parallel_train.errors import UserError
 from parallel_train.files import check_room, check_writable, exclusive, sync
 from parallel_train.known_sets import check_known, tfds_builder
+from parallel_train.paths import is_remote
 from parallel_train.prepared import CHECKSUMS, Prepared, find_prepared, parse_name
-from parallel_train.store import store_folder, store_idx
+from parallel_train.tfds_store import store_folder, store_idx
 
 # The sets that are published as four IDX files; TFDS builds all of them with one class.
 IDX_NAMES = ('fashion_mnist', 'mnist', 'kmnist')
@@ -79,6 +80,11 @@ def _obtain(
 ) -> str:
     if source is None or name in IDX_NAMES:
         check_known(name)
+    if is_remote(data_dir):
+        raise UserError(
+            f'data_dir={str(data_dir)!r}: {name} is not there, and is not prepared in a store: run '
+            f'`prepare` with a folder, then `gcloud storage cp -r FOLDER/{parse_name(name)[0]} {data_dir}`'
+        )
     check_writable('data_dir', data_dir)  # before anything is fetched
     tried: list[str] = []
     files = _load_given(name, source, splits) if source else _find_idx(name, tried, say)

@@ -18,6 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from parallel_train.errors import UserError
+from parallel_train.fetched import fetch
+from parallel_train.paths import is_remote
 
 CHECKSUMS = 'idx_checksums.json'  # of the files that a set was prepared from, IDX or others
 # The forms that TFDS reads by index.
@@ -98,10 +100,14 @@ def parse_name(name: str) -> tuple[str, str | None, str | None]:
 def find_prepared(name: str, data_dir: Path) -> Prepared | None:
     """The set of that name in `data_dir`, the newest version that fits; None if there is none.
 
+    Of one in an object store, the local copy.
+
     Raises UserError if its examples are not an image with a label, if it is stored in a form that
     cannot be read by index, or if its metadata are damaged.
     """
     base, config, version = parse_name(name)
+    if is_remote(data_dir):
+        data_dir = fetch(base, data_dir)
     folder = data_dir / base / (config or '')
     try:
         versions = _versions(folder, version)

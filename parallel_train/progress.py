@@ -16,8 +16,8 @@ _RECENT = 9  # rows that say how long a step takes now
 class Progress:
     """Shows rows of metrics as they come; silent where `enabled` is False (process 0 alone shows)."""
 
-    def __init__(self, plan: Plan, from_step: int, enabled: bool = True):
-        self._plan, self._enabled = plan, enabled
+    def __init__(self, plan: Plan, from_step: int, enabled: bool = True, unit: str = 'images'):
+        self._plan, self._enabled, self._unit = plan, enabled, unit
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=_RECENT)
         self._bar = None
         if enabled and sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0:
@@ -48,7 +48,7 @@ class Progress:
             self._bar.set_description_str(
                 f'epoch {row["epoch"]:.2f}/{self._plan.num_epochs:g}  step {row["step"]}  '
                 f'loss {row["loss"]:.3f}  acc {row["accuracy"]:.3f}  rate {row["learning_rate"]:.4g}  '
-                f'{row["examples_per_second"]:,.0f} images/s  {left} left',
+                f'{row["examples_per_second"]:,.0f} {self._unit}/s  {left} left',
                 refresh=False,
             )
             self._bar.update(row['step'] - self._bar.n)
@@ -56,7 +56,7 @@ class Progress:
         self.say(
             f'epoch {row["epoch"]:6.2f}  step {row["step"]:>6}  train loss {row["loss"]:.4f}  '
             f'accuracy {row["accuracy"]:.4f}  rate {row["learning_rate"]:.5f}  '
-            f'{row["examples_per_second"]:8,.0f} images/s  {left} left'
+            f'{row["examples_per_second"]:8,.0f} {self._unit}/s  {left} left'
         )
 
     def _left(self, step: int) -> str:

@@ -18,6 +18,7 @@ from parallel_train import drawing, plots
 from parallel_train.files import write_atomically
 from parallel_train.metrics import read_rows
 from parallel_train.page import escape, page_of
+from parallel_train.paths import opened
 from parallel_train.plots import Row, Samples
 
 EMPTY = '\u2013'  # stands for None and for nothing
@@ -60,7 +61,7 @@ def write_report(
     `rate(step)` is the learning rate after `step` completed updates. Every file is written whole or
     not at all. Returns the page's path.
     """
-    workdir = Path(workdir)
+    workdir = opened('workdir', workdir)
     config = json.loads((workdir / 'config.json').read_text())
     plan = json.loads((workdir / 'plan.json').read_text())
     rows = read_rows(workdir)
@@ -84,16 +85,16 @@ def write_report(
         write_atomically(workdir / 'plots' / f'{name}.png', drawing.to_png(figure))
     sections = [
         _header(summary, config, plan),
-        _tiles(summary.results),
+        tiles(summary.results),
         _warnings(plan.get('warnings') or [], rows),
-        _section('Schedule', _pair(charts['schedule'], _boundary_table(plan, rate))),
-        _section('Learning curves', _pair(charts['loss'], charts['accuracy']) + _best_line(rows)),
-        _section('Speed', _pair(charts['throughput'], _time_spent(summary.seconds, rows))),
-        _section('Plan', _pairs_table({k: v for k, v in plan.items() if k != 'warnings'})),
+        section('Schedule', _pair(charts['schedule'], _boundary_table(plan, rate))),
+        section('Learning curves', _pair(charts['loss'], charts['accuracy']) + _best_line(rows)),
+        section('Speed', _pair(charts['throughput'], _time_spent(summary.seconds, rows))),
+        section('Plan', pairs_table({k: v for k, v in plan.items() if k != 'warnings'})),
         _sample_grid(samples),
-        _section('Config', _pairs_table(config)),
-        _section('Environment', _pairs_table(summary.environment)),
-        _section('Reproduce', _reproduce(summary.command, config)),
+        section('Config', pairs_table(config)),
+        section('Environment', pairs_table(summary.environment)),
+        section('Reproduce', _reproduce(summary.command, config)),
     ]
     page = page_of(summary.title, ''.join(sections))
     write_atomically(workdir / 'report.html', page)
@@ -124,7 +125,7 @@ def _duration(seconds: float) -> str:
     return f'{minutes // 60} h {minutes % 60:02} min'
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
     return f'<section><h2>{title}</h2>{body}</section>' if body else ''
 
 
@@ -152,7 +153,7 @@ def _header(summary: Summary, config: Mapping[str, Any], plan: Mapping[str, Any]
     )
 
 
-def _tiles(results: Mapping[str, str]) -> str:
+def tiles(results: Mapping[str, str]) -> str:
     tiles = ''.join(
         f'<div><dd>{escape(value)}</dd><dt>{escape(label)}</dt></div>' for label, value in results.items()
     )
@@ -230,7 +231,7 @@ def _time_spent(seconds: Mapping[str, float], rows: Sequence[Row]) -> str:
     )
 
 
-def _pairs_table(values: Mapping[str, Any]) -> str:
+def pairs_table(values: Mapping[str, Any]) -> str:
     lines = ''.join(
         f'<div><dt>{escape(key)}</dt><dd>{escape(_number(value))}</dd></div>' for key, value in values.items()
     )
@@ -256,7 +257,7 @@ def _sample_grid(samples: Samples | None) -> str:
         f'<p class="muted note">{right} of these {count} are right; '
         'each shows the prediction and its probability, a wrong one also what it is.</p>'
     )
-    return _section('Test images', f'<div class="samples">{"".join(cells)}</div>{note}')
+    return section('Test images', f'<div class="samples">{"".join(cells)}</div>{note}')
 
 
 def _data_url(image: np.ndarray) -> str:

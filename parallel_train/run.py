@@ -16,11 +16,13 @@ from parallel_train.batches import HostFeed, ResidentFeed, make_feed
 from parallel_train.checkpoint import Checkpoints
 from parallel_train.clock import Clock
 from parallel_train.evaluate import Evaluator
+from parallel_train.examples import unit_of
 from parallel_train.lifeline import Lifeline
 from parallel_train.metrics import MetricsLog
 from parallel_train.pace import Pace
 from parallel_train.plan import Plan
 from parallel_train.preflight import Job
+from parallel_train.profiling import Profiler, Steps
 from parallel_train.progress import Progress
 from parallel_train.recorder import Recorder
 from parallel_train.replicas import Replicas
@@ -44,6 +46,7 @@ class Run:
     replicas: Replicas
     lifeline: Lifeline
     pace: Pace
+    profiler: Profiler
     train_steps: dict[int, TrainStep]  # by steps in one dispatch
     start: int  # the step that was resumed from
     step: int
@@ -61,6 +64,12 @@ class Run:
         with contextlib.nullcontext() if what in self.compiled else self.lifeline.unwatched():
             yield
         self.compiled.add(what)
+
+    def profile(self, state: TrainState) -> None:
+        """Begins or ends a trace."""
+        with self.clock.timed('profile'), self.lifeline.unwatched():
+            self.profiler.switch(state, self.step, self.feed.wait_seconds)
+        self.restart_interval()
 
     def must_stop(self) -> bool:
         """Passes a moment at which all processes together may stop; notes whether they are to save."""
@@ -81,16 +90,19 @@ def open_run(
     lifeline: Lifeline,
     clock: Clock,
     skip_nonfinite: int,
+    profile_steps: Steps | None = None,
 ) -> Iterator[Run]:
     """Opens feed, evaluator, log and step for a run that starts from `state`; closes them at the end."""
     start, first = int(state.step), processes.is_first()
     log = MetricsLog(workdir, start, active=first)
+    unit = unit_of(job.config.input_shape)
     lifeline.save_every(60 * job.config.checkpoint_every_minutes)
     with (
         contextlib.closing(make_feed(job.train_split, job.config, plan, mesh)) as feed,
         contextlib.closing(
-            Recorder(plan, mesh, log, Progress(plan, start, enabled=first), start, skip_nonfinite)
+            Recorder(plan, mesh, log, Progress(plan, start, first, unit), start, skip_nonfinite)
         ) as recorder,
+        contextlib.closing(Profiler(profile_steps, workdir, start)) as profiler,
     ):
         yield Run(
             config=job.config,
@@ -105,6 +117,7 @@ def open_run(
             replicas=Replicas(mesh),
             lifeline=lifeline,
             pace=Pace(start),
+            profiler=profiler,
             train_steps={
                 count: make_train_step(job.config, plan, mesh, count, skip_nonfinite)
                 for count in {1, steps_per_dispatch(job.config, mesh, feed)}

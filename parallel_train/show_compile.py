@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from parallel_train.text_table import table
 from parallel_train.topologies import GIB
 
 Row = dict[str, Any]
@@ -30,18 +31,7 @@ def compile_table(rows: Sequence[Row], config: Any, sizes_source: str = '') -> s
 
 
 def _table(title: str, rows: Sequence[Row], columns: _Columns) -> str:
-    if not rows:
-        return ''
-    cells = [['topology', *columns]]
-    cells += [[row['topology'], *(text(row) for text in columns.values())] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = [
-        '  '.join(
-            [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in cells
-    ]
-    return '\n'.join([title, *(f'  {line}' for line in lines)])
+    return table(title, rows, {'topology': lambda row: row['topology'], **columns})
 
 
 def _gib(field: str) -> Callable[[Row], str]:

@@ -37,6 +37,9 @@ def plan_table(plan: Plan, config: Any, sizes_source: str = '') -> str:
         ),
         ('checkpoint', f'every {plan.checkpoint_every_steps:,} steps'),
     ]
+    if plan.snapshot_steps:
+        steps = ', '.join(f'{step:,}' for step in plan.snapshot_steps)
+        rows.append(('snapshots', f'after steps {steps}: evaluated, saved and kept'))
     if sizes_source:
         rows.append(('sizes from', sizes_source))
     width = max(len(name) for name, _ in rows)
@@ -56,13 +59,12 @@ def _schedule_rows(plan: Plan, config: Any) -> list[tuple[str, str]]:
     rows = [('peak rate', f'{plan.peak_learning_rate:g}{scaling}')]
     edges = [0, *(b for b in plan.boundaries if b < plan.num_steps), plan.num_steps]
     for piece, begin, end in zip(plan.pieces, edges, edges[1:], strict=False):
-        name = {'linear': 'warmup', 'cosine': 'cosine', 'constant': 'constant'}[piece.shape]
         last = end if end < plan.num_steps else end - 1
         rates = f'{piece.rate(begin):.6g}'
         if piece.shape != 'constant':
             rates += f' to {piece.rate(last):.6g}'
         rows.append((
-            name,
+            piece.name,
             f'steps {begin:,} to {end:,} (epochs {plan.epoch_of(begin):.4g} to {plan.epoch_of(end):.4g}), '
             f'rate {rates}',
         ))  # fmt: skip

@@ -1,4 +1,4 @@
-"""What changes from step to step? The model's variables, the optimizer's, and running sums."""
+"""What changes from step to step? The model's variables, their averages, the optimizer's, running sums."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
+from flax import struct
 from flax.training import train_state
 from jax.sharding import Mesh
 
 from parallel_train import config as config_lib
+from parallel_train import config_fields
 from parallel_train.errors import UserError
+from parallel_train.examples import is_tokens, kind
 from parallel_train.mesh import replicated
+from parallel_train.optimizers import create_optimizer
 
 # The generator is pinned: others give other numbers when they are mapped over shards.
 KEY_IMPL = 'threefry2x32'
@@ -32,13 +35,20 @@ class TrainState(train_state.TrainState):
     of this name, {} if it has none. `key` is the raw data (uint32 [2]) of the key that dropout and
     augmentation are derived from. `sums` are float32 scalars, sums over the updates since they were
     last taken: 'loss', 'accuracy', 'grad_norm', and 'updates', their number. `skipped` (int32) counts the
-    steps whose loss or gradient was not finite (update.py).
+    steps whose loss or gradient was not finite (update.py). `ema`: moving averages of 'params' and
+    'batch_stats' with `ema_decay` of the config, None if that is 0.
     """
 
     batch_stats: Any = None
     key: jax.Array = None  # type: ignore[assignment]
     sums: dict[str, jax.Array] = None  # type: ignore[assignment]
     skipped: jax.Array = None  # type: ignore[assignment]
+    ema: Any = None
+    ema_decay: float = struct.field(pytree_node=False, default=0.0)
+
+    def evaluated(self) -> dict[str, Any]:
+        """Returns the 'params' and 'batch_stats' that evaluations use: the averages, if there are any."""
+        return self.ema or {'params': self.params, 'batch_stats': self.batch_stats}
 
 
 def zero_sums() -> dict[str, jax.Array]:
@@ -48,19 +58,26 @@ def zero_sums() -> dict[str, jax.Array]:
 def create_model(config: Any) -> nn.Module:
     """Returns the Linen module that `config.model` names.
 
-    The class is called with `num_classes` and `dtype` of the config where it has such fields.
+    The class is called with `num_classes`, `dtype` and `remat` of the config where it has such fields.
 
     Raises:
       UserError: it cannot be imported, or gives no Linen module.
     """
-    path = config_lib.BUILT_IN_MODELS.get(config.model, config.model)
+    path = config_fields.BUILT_IN_MODELS.get(config.model, config.model)
     factory = config_lib.import_object('model', path)
     if not callable(factory):
         raise UserError(f'config.model={config.model!r}: must name a Linen module class')
-    known = {'num_classes': config.num_classes or GUIDE_NUM_CLASSES, 'dtype': jnp.dtype(config.dtype)}
+    known = {
+        'num_classes': config.num_classes or GUIDE_NUM_CLASSES,
+        'dtype': jnp.dtype(config.dtype),
+        'remat': config.remat,
+    }
     fields = {name: value for name, value in known.items() if name in inspect.signature(factory).parameters}
-    if 'dtype' not in fields and config.dtype != 'float32':
-        raise UserError(f'config.dtype={config.dtype!r}: {config.model} has no field dtype; use float32')
+    for name, without in (('dtype', 'float32'), ('remat', False)):
+        if name not in fields and config[name] != without:
+            raise UserError(
+                f'config.{name}={config[name]!r}: {config.model} has no field {name}; use {without}'
+            )
     try:
         model = factory(**fields)
     except TypeError as error:
@@ -85,33 +102,6 @@ def eval_flags(model: nn.Module) -> dict[str, Any]:
     return {'train': False} if takes_train(model) else {}
 
 
-def create_optimizer(config: Any, learning_rate_fn: Any) -> optax.GradientTransformation:
-    """Returns the optax optimizer that the config describes, on the given schedule (or rate).
-
-    SGD as in the guide: `optax.sgd(learning_rate_fn, momentum)`. Weight decay is L2, added to the
-    gradient before the momentum (decoupled for adamw), of arrays of two dimensions and more. Clipping
-    comes first, by the norm of the whole gradient.
-    """
-    rule = _update_rule(config, learning_rate_fn)
-    if not config.gradient_clip_norm:
-        return rule
-    return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), rule)
-
-
-def _update_rule(config: Any, learning_rate_fn: Any) -> optax.GradientTransformation:
-    def kernels(params: Any) -> Any:
-        return jax.tree.map(lambda p: p.ndim > 1, params)
-
-    if config.optimizer == 'adamw':
-        return optax.adamw(
-            learning_rate_fn, b1=config.momentum, weight_decay=config.weight_decay, mask=kernels
-        )
-    sgd = optax.sgd(learning_rate_fn, config.momentum, nesterov=config.nesterov)
-    if not config.weight_decay:
-        return sgd
-    return optax.chain(optax.add_decayed_weights(config.weight_decay, kernels), sgd)
-
-
 def create_train_state(rng: jax.Array, config: Any, learning_rate_fn: Any) -> TrainState:
     """Creates the initial state, as the function of this name in Flax's guide does.
 
@@ -124,19 +114,21 @@ def create_train_state(rng: jax.Array, config: Any, learning_rate_fn: Any) -> Tr
       A state on the default device. `apply_fn` is the model's `apply`, as in Flax.
 
     Raises:
-      UserError: the model does not take images of the config's input shape.
+      UserError: the model does not take examples of the config's input shape.
     """
     config = config_lib.complete(config)
     model = create_model(config)
     shape = tuple(config.input_shape) or GUIDE_INPUT_SHAPE
     try:
-        variables = model.init(rng, jnp.ones((1, *shape), jnp.float32), **eval_flags(model))
+        dtype = jnp.int32 if is_tokens(shape) else jnp.float32
+        variables = model.init(rng, jnp.ones((1, *shape), dtype), **eval_flags(model))
     except Exception as error:  # whatever the model says to an image that it does not take
         raise UserError(
-            f'config.model={config.model!r}: does not take images of shape {shape}: '
+            f'config.model={config.model!r}: does not take {kind(shape)} of shape {shape}: '
             f'{type(error).__name__}: {error}'
         ) from error
     key = jax.random.key(config.seed, impl=KEY_IMPL)
+    averaged = {name: variables.get(name, {}) for name in ('params', 'batch_stats')}
     return TrainState.create(
         apply_fn=model.apply,
         params=variables['params'],
@@ -146,6 +138,9 @@ def create_train_state(rng: jax.Array, config: Any, learning_rate_fn: Any) -> Tr
         key=jax.random.key_data(jax.random.fold_in(key, 1)),
         sums=zero_sums(),
         skipped=jnp.zeros((), jnp.int32),
+        # Copies: one buffer cannot be donated twice.
+        ema=jax.tree.map(jnp.copy, averaged) if config.ema_decay else None,
+        ema_decay=config.ema_decay,
     ).replace(step=jnp.zeros((), jnp.int32))  # an array: a Python int would compile the step twice
 
 
@@ -186,4 +181,4 @@ def take_sums(state: TrainState, mesh: Mesh) -> tuple[TrainState, dict[str, jax.
 def saved_parts(state: TrainState) -> dict[str, Any]:
     """Returns the arrays of a state: what a checkpoint holds."""
     names = [f.name for f in dataclasses.fields(state) if f.metadata.get('pytree_node', True)]
-    return {name: getattr(state, name) for name in names}
+    return {name: getattr(state, name) for name in names if getattr(state, name) is not None}

@@ -27,7 +27,7 @@ TrainStep = Callable[[TrainState, Batch], TrainState]
 
 
 def make_train_step(
-    config: Any, plan: Plan, mesh: Mesh, num_steps: int = 1, skip_nonfinite: int = 0
+    config: Any, plan: Plan, mesh: Mesh, num_steps: int = 1, skip_nonfinite: int = 0, exchange: bool = True
 ) -> TrainStep:
     """Returns the compiled-on-first-use `train_step(state, data) -> state`.
 
@@ -39,6 +39,8 @@ def make_train_step(
         `reduction='pmean'`.
       skip_nonfinite: how many steps whose loss or gradient is not finite are skipped; one more freezes
         the state (update.py).
+      exchange: False leaves out the exchange between devices, each of which then trains by itself: to measure
+        what it costs (scale_child.py).
 
     The state is donated: use the returned one. `data` is what a feed of `batches.py` gives. The gradient is
     that of sum(losses × weights) / sum(weights) over the global batch; loss, accuracy and gradient
@@ -46,13 +48,15 @@ def make_train_step(
     """
     if config.reduction == 'tree':
         assert num_steps == 1, num_steps
-        return tree.make_train_step(config, plan, mesh, skip_nonfinite)
+        return tree.make_train_step(config, plan, mesh, skip_nonfinite, exchange)
 
     def steps(state: TrainState, data: Batch) -> TrainState:
         forward = make_forward(config, state.apply_fn)
 
         def one(state: TrainState) -> TrainState:
-            sums = reduce.sum_over_devices(_local_sums(state, data, config, plan, forward, is_cpu(mesh)))
+            sums = _local_sums(state, data, config, plan, forward, is_cpu(mesh))
+            if exchange:
+                sums = reduce.sum_step(sums, config.gradient_dtype)
             return apply_update(state, sums, plan, skip_nonfinite)
 
         if num_steps == 1:
@@ -60,8 +64,12 @@ def make_train_step(
         return jax.lax.scan(lambda s, _: (one(s), None), state, length=num_steps)[0]
 
     def train_step(state: TrainState, data: Batch) -> TrainState:
-        mapped = jax.shard_map(steps, mesh=mesh, in_specs=(P(), batches.specs(data)), out_specs=P())
-        return mapped(state, data)
+        # JAX does not check a sum over mapped shards and devices at once, as BatchNorm's is (batch_norm.py).
+        checked = exchange and config.batch_norm != 'global'
+        in_specs = (P(), batches.specs(data))
+        return jax.shard_map(steps, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=checked)(
+            state, data
+        )
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -74,7 +82,9 @@ def _local_sums(
     first = reduce.device_index() * count
     shards = take_shards(state.step, state.key, data, config, plan, first, count)
     params = reduce.to_local(state.params)
-    turns = cpu_turns(plan) if on_cpu else plan.accumulation_steps
+    turns = plan.accumulation_steps
+    if on_cpu and not forward.norm_over_batch:  # which takes all shards at once
+        turns = cpu_turns(plan)
     return _over_turns(
         lambda turn: sums_of_shards(forward, params, state.batch_stats, turn, on_cpu), shards, turns, on_cpu
     )

@@ -1,137 +1,57 @@
-"""How is a set written in TFDS's form?"""
+"""How do the processes of a job leave each other word? In the key-value store of JAX's coordinator."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+import threading
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from parallel_train.errors import UserError
-from parallel_train.folder import ImageFolder
-from parallel_train.idx import IdxSet
-from parallel_train.known_sets import is_known, tfds_builder
-from parallel_train.prepared import CHECKSUMS, parse_name
-
-Examples = Iterable[tuple[Any, dict[str, Any]]]  # key, features
-
-OWN_VERSION = '1.0.0'  # of a set that TFDS does not know
+from parallel_train import processes
 
 
-def store_idx(name: str, files: IdxSet, folder: Path) -> None:
-    """Writes IDX arrays as the set that TFDS's own builder of that name would write."""
-    builder = _standard_builder(
-        name, folder, {split: _as_png(*arrays) for split, arrays in files.splits.items()}
-    )
-    expected = builder.info.features['image'].shape
-    actual = (*files.splits['train'][0].shape[1:], 1)
-    if actual != expected:
-        raise UserError(
-            f'{files.source} hold images of {actual[0]}x{actual[1]} pixels; those of {name} have '
-            f'{expected[0]}x{expected[1]}'
-        )
-    _write(builder, files)
+class NoAnswer(Exception):
+    """The store does not answer."""
 
 
-def store_folder(name: str, files: ImageFolder, folder: Path) -> None:
-    """Writes the images of a folder, the bytes of their files as they are.
+class Store:
+    """A part of the store, under a name of its own. Nothing here waits for a value."""
 
-    A name that TFDS does not know becomes a set of its own, with image, label and file name. That of a known
-    set must have its classes, and is written as TFDS's own builder would.
+    def __init__(self, client: Any, root: str):
+        self._client, self._root = client, root
 
-    Raises:
-      UserError: TFDS knows a set of that name, of other classes or features.
-    """
-    import tensorflow_datasets as tfds
+    def get(self, key: str) -> str | None:
+        """Returns the value, None if there is none yet; raises NoAnswer."""
+        try:
+            return self._client.key_value_try_get(f'{self._root}/{key}')
+        except Exception as error:  # of jaxlib's own kind
+            if 'NOT_FOUND' in str(error):
+                return None
+            raise NoAnswer from error
 
-    base, config, version = parse_name(name)
-    if is_known(name):
-        names = _standard_builder(name, folder, {}).info.features
-        labels = _labels_of_known(name, files, names)
-        builder = _standard_builder(name, folder, _of_files(files, labels, 'file_name' in names))
-    elif config:
-        raise UserError(f'config.dataset={name!r}: a set of your own has no configs; use {base!r}')
-    else:
-        features = {
-            'image': tfds.features.Image(shape=(None, None, 3)),
-            'label': tfds.features.ClassLabel(names=files.class_names),
-            'file_name': tfds.features.Text(),
-        }
-        builder = tfds.dataset_builders.AdhocBuilder(
-            name=base,
-            version=version or OWN_VERSION,
-            features=tfds.features.FeaturesDict(features),
-            split_datasets=_of_files(files, range(len(files.class_names)), True),
-            data_dir=folder,
-        )
-    _write(builder, files)
+    def put(self, key: str, value: str, again: bool = False) -> None:
+        """Sets a value; the first word stands, but for what may be said `again`. Raises NoAnswer."""
+        try:
+            self._client.key_value_set(f'{self._root}/{key}', value, allow_overwrite=again)
+        except Exception as error:
+            if 'ALREADY_EXISTS' not in str(error):
+                raise NoAnswer from error
 
 
-def _labels_of_known(name: str, files: ImageFolder, features: Any) -> list[int]:
-    """The label of each class of the folder in a set that TFDS knows."""
-    names = list(features['label'].names or ())
-    if set(features) - {'image', 'label', 'file_name'} or set(names) != set(files.class_names):
-        raise UserError(
-            f'config.dataset={name!r}: is the name of a set that TFDS knows, with {len(names)} classes '
-            f'({", ".join(names[:3])}, ...), which are not the {len(files.class_names)} of {files.source} '
-            f'({", ".join(files.class_names[:3])}, ...): give the set a name of your own'
-        )
-    return [names.index(own) for own in files.class_names]
+def open_store(root: str) -> Store | None:
+    """Returns the job's store; None for a process on its own."""
+    client = processes.client()
+    return None if client is None else Store(client, root)
 
 
-def _of_files(
-    files: ImageFolder, labels: Iterable[int], with_names: bool
-) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-    numbers = list(labels)
+def answers(talk: Callable[[], None], seconds: float) -> bool:
+    """Whether the store answered all of `talk` in that time; a network that is cut would never."""
+    done = threading.Event()
 
-    def examples(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for file, number in files.splits[split]:
-            key = str(file.relative_to(files.root))
-            name = {'file_name': file.name} if with_names else {}
-            yield key, {'image': str(file), 'label': numbers[number], **name}
+    def until_no_answer() -> None:
+        with contextlib.suppress(NoAnswer):
+            talk()
+            done.set()
 
-    return {split: examples(split) for split in files.splits}
-
-
-def _standard_builder(name: str, folder: Path, examples: Mapping[str, Examples]) -> Any:
-    """TFDS's builder of that name, with its version, features and class names, but our examples."""
-    with tempfile.TemporaryDirectory() as nowhere:
-        standard: Any = type(tfds_builder(name, Path(nowhere))[0])
-
-    class Builder(standard, skip_registration=True):  # type: ignore[call-arg]
-        __module__ = standard.__module__
-
-        def _split_generators(self, manager: Any) -> Mapping[str, Examples]:
-            return examples
-
-    Builder.name = parse_name(name)[0]
-    return Builder(data_dir=folder)
-
-
-def _write(builder: Any, files: IdxSet | ImageFolder) -> None:
-    import tensorflow_datasets as tfds
-
-    # TFDS would announce a download, and draw a bar for each of its stages.
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(file_format='array_record')
-    finally:
-        tfds.enable_progress_bar()
-    record = {'source': files.source, 'sha256': files.sha256}
-    (Path(builder.data_dir) / CHECKSUMS).write_text(json.dumps(record, indent=2) + '\n')
-
-
-def _as_png(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-    from PIL import Image
-
-    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        png = io.BytesIO()  # given an array, TFDS would import TensorFlow to encode it
-        Image.fromarray(image).save(png, 'png')
-        png.seek(0)
-        yield index, {'image': png, 'label': int(label)}
+    threading.Thread(target=until_no_answer, daemon=True).start()
+    return done.wait(seconds)

@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+from jax.sharding import Mesh
 
-from parallel_train import dataset, machine, processes
+from parallel_train import dataset, machine, processes, profiling
 from parallel_train import mesh as mesh_lib
 from parallel_train import workdir as workdir_lib
-from parallel_train.checkpoint import open_checkpoints
+from parallel_train.checkpoint import Checkpoints, open_checkpoints
 from parallel_train.clock import Clock
 from parallel_train.devices import choose_devices
 from parallel_train.diagnose import diagnose
 from parallel_train.errors import Diverged, Preempted, UserError
 from parallel_train.finish import finish, say_complete
 from parallel_train.lifeline import Lifeline, Limits
-from parallel_train.plan import make_plan
+from parallel_train.paths import opened
+from parallel_train.plan import Plan, make_plan
 from parallel_train.preflight import check_job, facts
 from parallel_train.run import Run, open_run
 from parallel_train.schedule import create_learning_rate_fn
@@ -36,6 +37,7 @@ def train_and_evaluate(
     allow_plan_change: bool = False,
     skip_nonfinite: int = 0,
     limits: Limits = Limits(),  # noqa: B008, frozen
+    profile_steps: str | None = None,
 ) -> TrainState:
     """Trains as `config` says, in `workdir`, from its latest checkpoint if it holds one.
 
@@ -47,6 +49,7 @@ def train_and_evaluate(
       allow_plan_change: continue the job in `workdir` although config or plan differ from its own.
       skip_nonfinite: how many steps whose loss or gradient is not finite are left out before the run ends.
       limits: after which times a process counts as lost, or as stuck.
+      profile_steps: 'FIRST:LAST', the steps of which a trace is written (profiling.py); None for none.
 
     Returns:
       The state after the last step, replicated over the devices.
@@ -58,7 +61,8 @@ def train_and_evaluate(
       ReplicasDiffer: a device holds another state than the others.
     """
     clock = Clock()
-    workdir, data_dir = Path(workdir), dataset.default_data_dir(data_dir)
+    profiled = profiling.parse(profile_steps)
+    workdir, data_dir = opened('workdir', workdir), dataset.default_data_dir(data_dir)
     say = print_flushed if processes.is_first() else say_nothing
     with contextlib.ExitStack() as stack:
         lifeline = stack.enter_context(Lifeline(limits))
@@ -66,7 +70,7 @@ def train_and_evaluate(
         # What will happen, and may it? Nothing is written before every process knows that it may.
         job = processes.agree(
             lambda: check_job(config, workdir, data_dir, devices, allow_plan_change),
-            lambda job: {**facts(job), 'skip_nonfinite': skip_nonfinite},
+            lambda job: {**facts(job), 'skip_nonfinite': skip_nonfinite, 'profile_steps': profile_steps},
             limits.start_timeout,
         )
         plan = make_plan(
@@ -77,20 +81,21 @@ def train_and_evaluate(
             processes.count(),
         )
         workdir_lib.check_plan(workdir, job.config, plan, allow_plan_change)
+        if profiled:
+            profiled.check(plan, workdir)
         mesh = mesh_lib.make_mesh(plan.num_devices)
         # The state: the latest checkpoint's, on whatever devices there are now, or a new one.
         if processes.is_first():
-            stack.enter_context(workdir_lib.hold(workdir))
-        checkpoints = stack.enter_context(open_checkpoints(workdir, job.config.keep_checkpoints, say=say))
+            stack.enter_context(workdir_lib.hold(workdir, lifeline.fail))
+        workdir_lib.check_seen_by_all(workdir)
+        keep = job.config.keep_checkpoints
+        checkpoints = stack.enter_context(
+            open_checkpoints(workdir, keep, say=say, snapshots=plan.snapshot_steps)
+        )
         plan.check_reaches(checkpoints.latest_step() or 0)
-        learning_rate_fn = create_learning_rate_fn(job.config, plan.peak_learning_rate, plan.steps_per_epoch)
-        template = abstract_state(job.config, learning_rate_fn)
-        state = checkpoints.restore_latest(template, mesh_lib.replicated(mesh))
-        if state is None:
-            state = initialise(job.config, learning_rate_fn, mesh)
-        say(plan_table(plan, job.config, job.sizes.source))  # nothing is refused any more
+        state = starting_state(job.config, plan, mesh, checkpoints, skip_nonfinite)
         start = int(state.step)
-        check_start(state, skip_nonfinite)
+        say(plan_table(plan, job.config, job.sizes.source))  # nothing is refused any more
         if start == plan.num_steps and (workdir / 'report.html').exists():
             say_complete(workdir, start, say)
             return state
@@ -104,11 +109,13 @@ def train_and_evaluate(
 
         # The steps.
         run = stack.enter_context(
-            open_run(job, plan, mesh, workdir, state, checkpoints, lifeline, clock, skip_nonfinite)
+            open_run(job, plan, mesh, workdir, state, checkpoints, lifeline, clock, skip_nonfinite, profiled)
         )
         clock.add('start-up', clock.total())
         if start:
             state = do_what_is_due(state, run)
+        if run.profiler.is_due(start):
+            run.profile(state)
         while run.step < plan.num_steps:
             state = train_epoch(state, run)
         clock.add('data wait', run.feed.wait_seconds)
@@ -116,22 +123,26 @@ def train_and_evaluate(
             save_for_good(state, run)
     if processes.is_first():
         finish(workdir, job.config, plan, run.log.rows, state, job.eval_split, clock, run.recorder)
+        run.profiler.tell(say)
     return state
 
 
-def check_start(state: TrainState, skip_nonfinite: int) -> None:
-    """Checks that all processes start from one state, and that it is not frozen from the start."""
+def starting_state(
+    config: Any, plan: Plan, mesh: Mesh, checkpoints: Checkpoints, skip_nonfinite: int
+) -> TrainState:
+    """Returns the state of the latest checkpoint, or a new one; not one that is frozen from the start."""
+    learning_rate_fn = create_learning_rate_fn(config, plan.peak_learning_rate, plan.steps_per_epoch)
+    template = abstract_state(config, learning_rate_fn)
+    state = checkpoints.restore_latest(template, mesh_lib.replicated(mesh))
+    if state is None:
+        return initialise(config, learning_rate_fn, mesh)
     skipped = int(state.skipped)
     if skipped > skip_nonfinite:
         raise UserError(
             f'skip_nonfinite={skip_nonfinite}: {skipped} steps were left out before the checkpoint; use '
             f'at least {skipped}'
         )
-    steps = processes.gather('the step to start from', int(state.step))
-    if len(set(steps)) > 1:
-        raise UserError(
-            f'workdir: the processes found checkpoints of different steps, {steps}; do all see one disk?'
-        )
+    return state
 
 
 def train_epoch(state: TrainState, run: Run) -> TrainState:
@@ -149,6 +160,8 @@ def train_epoch(state: TrainState, run: Run) -> TrainState:
             run.restart_interval()
         run.step += count
         run.pace.after(state, run.step)
+        if run.profiler.is_due(run.step):
+            run.profile(state)
         state = do_what_is_due(state, run)
         if run.must_stop():
             with explained(state, run):
@@ -162,7 +175,8 @@ def next_dispatch(run: Run, end: int) -> int:
     if largest == 1 or run.step + largest > end:
         return 1
     steps = range(run.step + 1, run.step + largest)
-    return 1 if any(run.plan.anything_due(step) for step in steps) else largest
+    due = (run.plan.anything_due(step) or run.profiler.is_due(step) for step in steps)
+    return 1 if any(due) else largest
 
 
 def do_what_is_due(state: TrainState, run: Run) -> TrainState:

@@ -37,7 +37,7 @@ _EACH = P(reduce.DATA_AXIS)  # an array with an axis in front, on which each dev
 
 
 def make_train_step(
-    config: Any, plan: Plan, mesh: Mesh, skip_nonfinite: int
+    config: Any, plan: Plan, mesh: Mesh, skip_nonfinite: int, exchange: bool = True
 ) -> Callable[[TrainState, Batch], TrainState]:
     """Returns `train_step(state, data) -> state`; see `step.make_train_step`."""
     per_device = plan.shards // plan.num_devices
@@ -60,12 +60,16 @@ def make_train_step(
         mesh, lambda a, b: jax.tree.map(jnp.add, a, b), lambda a, b: (_EACH, _EACH), _EACH, donate=0
     )
     exchange_program = _program(
-        mesh, lambda s: reduce.add_in_tree(_own(s), mesh.size), lambda _: (_EACH,), P(), donate=0
+        mesh,
+        lambda s: reduce.add_in_tree(_own(s), mesh.size if exchange else 1),
+        lambda _: (_EACH,),
+        P(),
+        donate=0,
     )
     update_program = _program(mesh, update, lambda state, sums: (P(), P()), P(), donate=0)
 
     def train_step(state: TrainState, data: Batch) -> TrainState:
-        needed = state.replace(opt_state=None, sums=None, skipped=None)
+        needed = state.replace(opt_state=None, sums=None, skipped=None, ema=None)
         sums = add_as_tree((shard_program(needed, data, turn) for turn in turns), add_program)
         return update_program(state, exchange_program(sums))
 

@@ -23,7 +23,7 @@ def apply_update(state: TrainState, sums: Sums, plan: Plan, skip_nonfinite: int)
     """Returns the state after one update from the sums over all shards of the global batch.
 
     The gradient is sums['grads'] / sums['weight']; new batch statistics are the shards' mean; loss,
-    accuracy and gradient norm are added to `state.sums`.
+    accuracy and gradient norm are added to `state.sums`; the moving averages follow.
     """
     weight = sums['weight']
     measured = {
@@ -42,7 +42,7 @@ def apply_update(state: TrainState, sums: Sums, plan: Plan, skip_nonfinite: int)
             grads=jax.tree.map(lambda g: g / weight, sums['grads']),
             batch_stats=jax.tree.map(lambda s: s / plan.shards, sums['batch_stats']),
         )
-        return new.replace(sums=jax.tree.map(jnp.add, state.sums, measured))
+        return new.replace(sums=jax.tree.map(jnp.add, state.sums, measured), ema=_averages(state, new))
 
     def leave_out() -> TrainState:
         def counted(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -53,6 +53,20 @@ def apply_update(state: TrainState, sums: Sums, plan: Plan, skip_nonfinite: int)
 
     # Not by `where` over both: that would read and write every array once more in each good step.
     return jax.lax.cond(finite & goes_on, take, leave_out).replace(skipped=skipped)
+
+
+def _averages(state: TrainState, new: TrainState) -> Any:
+    """Returns the moving averages with what this step made, None if there are none.
+
+    Their decay is min(ema_decay, (1 + n) / (10 + n)) after n steps, so that the beginnings are forgotten in
+    short runs too (TensorFlow's ExponentialMovingAverage with `num_updates`).
+    """
+    if state.ema is None:
+        return None
+    n = jnp.asarray(state.step, jnp.float32)
+    decay = jnp.minimum(state.ema_decay, (1 + n) / (10 + n))
+    latest = {'params': new.params, 'batch_stats': new.batch_stats}
+    return jax.tree.map(lambda average, x: decay * average + (1 - decay) * x, state.ema, latest)
 
 
 def all_finite(tree: Any) -> jax.Array:

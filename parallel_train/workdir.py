@@ -7,14 +7,17 @@ import importlib.util
 import json
 import os
 import socket
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from parallel_train import config as config_lib
+from parallel_train import config_fields, lease, processes
 from parallel_train.errors import UserError
 from parallel_train.files import check_writable, lock, write_atomically
 from parallel_train.machine import BITS_DEPEND_ON
+from parallel_train.paths import is_remote
 from parallel_train.plan import HARDWARE_FIELDS, Plan
 
 # What a checkpoint means depends on these, and every version has written them. Where a field that came
@@ -25,7 +28,8 @@ _ALWAYS_WRITTEN = (
 )  # fmt: skip
 CONFIG, PLAN, METRICS, CHECKPOINTS = 'config.json', 'plan.json', 'metrics.jsonl', 'checkpoints'
 ENVIRONMENT = 'environment.json'  # of the last start
-LOCK = '.lock'
+LOCK, LEASES = '.lock', '.leases'
+_NETWORK_FILES_SHOW = 15.0  # seconds until a new file shows on other hosts; NFS keeps what it knew as long
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -38,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds, from an object store
         raise UserError(
             f'workdir: {path} cannot be read ({error}); put the right one back, or name another workdir'
         ) from error
@@ -83,7 +87,7 @@ def check_no_own_code(workdir: Path, config: Any) -> None:
     """
     for field in ('model', 'loss', 'dataset'):
         module = config[field].partition(':')[0].partition('.')[0]
-        if ':' not in config[field] or not module.isidentifier():
+        if ':' not in config[field] or not module.isidentifier() or is_remote(workdir):
             continue
         spec = None
         with contextlib.suppress(ValueError):  # a module that was made without one
@@ -119,7 +123,7 @@ def check(workdir: Path, config: Any, allow_plan_change: bool) -> None:
             )
         return
     old, new = (json.loads(config_lib.to_json(c)) for c in (there, config))
-    _refuse_differences(workdir, old, new, config_lib.RUN_FIELDS, 'config.', allow_plan_change)
+    _refuse_differences(workdir, old, new, config_fields.RUN_FIELDS, 'config.', allow_plan_change)
 
 
 def check_plan(workdir: Path, config: Any, plan: Plan, allow_plan_change: bool) -> None:
@@ -182,14 +186,26 @@ def claim(workdir: Path, config: Any, plan: Plan, environment: dict[str, str]) -
 
 
 @contextlib.contextmanager
-def hold(workdir: Path) -> Iterator[None]:
+def hold(workdir: Path, lost: Callable[[str], None] | None = None) -> Iterator[None]:
     """Creates the workdir and keeps other jobs out of it.
 
     By a lock of the operating system's, which ends with the process however that ends: none is ever stale.
+    In an object store by a lease.
+
+    Args:
+      workdir: of the job.
+      lost: ends the process, with a message; called in a thread if a lease is lost.
 
     Raises:
       UserError: another process holds it.
     """
+    if is_remote(workdir):
+        assert lost, workdir
+        with lease.held(workdir / LEASES, lost) as owner:
+            write_atomically(workdir / LOCK, owner)
+            yield
+        return
+    new = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / LOCK, 'a+') as file:
         try:
@@ -207,4 +223,41 @@ def hold(workdir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
         file.flush()
-        yield
+        try:
+            yield
+        except UserError:
+            if new:  # nothing was begun: leave nothing
+                (workdir / LOCK).unlink()
+                for folder in (workdir / CHECKPOINTS, workdir):
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+            raise
+
+
+def check_seen_by_all(workdir: Path) -> None:
+    """Checks that every process sees the lock that process 0 holds, and so what it will write.
+
+    Raises:
+      UserError: on every process; names the one that does not.
+    """
+    if processes.count() == 1:
+        return
+    held = processes.share((workdir / LOCK).read_text)
+    deadline = time.monotonic() + _NETWORK_FILES_SHOW
+    while not (seen := _content(workdir / LOCK) == held) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for process, sees in enumerate(processes.gather('workdir', seen)):
+        if not sees:
+            failure = UserError(
+                f'workdir={str(workdir)!r}: process {process} does not see there what process 0 writes; give '
+                'all processes one folder that all hosts share'
+            )
+            failure.on_every_process = True
+            raise failure
+
+
+def _content(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None

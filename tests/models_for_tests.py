@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallel_train import config as config_lib
+from parallel_train.models.resnet import BasicBlock, ResNet
+from parallel_train.models.wide_resnet import WideResNet
 
 
 class NormDropoutNet(nn.Module):
@@ -28,6 +30,18 @@ class NormDropoutNet(nn.Module):
         x = nn.Dense(32)(x)
         x = nn.Dropout(0.25, deterministic=not train)(nn.relu(x))
         return nn.Dense(self.num_classes)(x)
+
+
+class DenseNormNet(nn.Module):
+    """Kernels, biases, scales and statistics, in little: quick to compile."""
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Dense(8)(x[:, ::2, ::2].reshape((x.shape[0], -1)))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        return nn.Dense(self.num_classes)(nn.relu(x))
 
 
 class Linear(nn.Module):
@@ -58,3 +72,44 @@ def tiny(**fields: Any) -> Any:
         'batch_size': 32, 'num_epochs': 3.0, 'warmup_epochs': 1.0, 'learning_rate': 0.01,
         'log_every_steps': 3, 'eval_batch_size': 20, **fields,
     })  # fmt: skip
+
+
+class NormNet(nn.Module):
+    """Convolution and BatchNorm, without dropout: the batch is all that its statistics depend on."""
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for stride in (2, 2):
+            x = nn.Conv(8, (3, 3), strides=(stride, stride))(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        return nn.Dense(self.num_classes)(x.reshape((x.shape[0], -1)))
+
+
+def small_resnet(remat: bool = False) -> nn.Module:
+    return ResNet(BasicBlock, (1,), num_classes=10, remat=remat)
+
+
+def small_resnet_again() -> nn.Module:
+    return small_resnet(remat=True)
+
+
+def WideResNetShrunk(num_classes: int = 10, dtype: Any = jnp.float32) -> nn.Module:
+    """WRN-28-10 with fewer layers, and narrow."""
+    return WideResNet(blocks_per_stage=1, widening=1, num_classes=num_classes, dtype=dtype)
+
+
+def cifar10(split: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Noise of CIFAR-10's shape."""
+    return _colour_noise(split, 10)
+
+
+def cifar100(split: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    return _colour_noise(split, 100)
+
+
+def _colour_noise(split: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(len(split))
+    n = 256 if split == 'train' else 64
+    return rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % classes

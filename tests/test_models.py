@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallel_train import UserError, start_devices
+from parallel_train import UserError, config_fields, start_devices
 from parallel_train import config as config_lib
 from parallel_train.forward import check_model_and_loss
 from parallel_train.models.vit import sin_cos_positions
@@ -22,15 +22,44 @@ FLOAT32 = jnp.dtype('float32')
 IMAGENET = ((224, 224, 3), 1000)
 CIFAR = ((32, 32, 3), 10)
 FASHION = ((28, 28, 1), 10)
-# Counts of torchvision (ResNets), of the paper's model for CIFAR-10 (WRN), of the guide (CNN). ViT-S/16
-# without class token (384) and learned positions (197 × 384): 76,032 fewer than the original's.
+TEXT = ((128,), 256)
+
+
+def wide_resnet(depth: int, widening: int, classes: int = 10) -> int:
+    """Returns the parameters of WRN-depth-widening, from table 1 of Zagoruyko & Komodakis 2016."""
+    count, before = 3 * 9 * 16, 16
+    for width in (16 * widening, 32 * widening, 64 * widening):
+        for _ in range((depth - 4) // 6):
+            norms = 2 * before + 2 * width
+            count += (
+                norms + 9 * before * width + 9 * width * width + (before * width if before != width else 0)
+            )
+            before = width
+    return count + 2 * before + before * classes + classes
+
+
+# Counts of torchvision (ResNets), of the paper's models for CIFAR-10 (WRN: 36.5 and 8.9 million), of the
+# guide (CNN), of the layers (`resnet_small`). ViTs as timm's, without class token (width) and learned
+# positions (197 × width). The
+# transformer from its sizes: embedding, positions, four blocks of 12 × width² with 13 × width biases and
+# norms, the last norm.
 SIZES = {
     'cnn': (FASHION, 824_458),
+    'fast_net': (FASHION, 867_194),
+    'wide_resnet_16_2': (FASHION, 691_386),
+    'resnet_small': (FASHION, 863_986),
     'resnet18': (IMAGENET, 11_689_512),
+    'resnet34': (IMAGENET, 21_797_672),
     'resnet50': (IMAGENET, 25_557_032),
-    'wide_resnet_28_10': (CIFAR, 36_479_194),
-    'vit_s16': (IMAGENET, 22_050_664 - 384 - 197 * 384),
+    'resnet101': (IMAGENET, 44_549_160),
+    'wide_resnet_28_10': (CIFAR, wide_resnet(28, 10)),
+    'wide_resnet_40_4': (CIFAR, wide_resnet(40, 4)),
+    'vit_ti16': (IMAGENET, 5_717_416 - 198 * 192),
+    'vit_s16': (IMAGENET, 22_050_664 - 198 * 384),
+    'vit_b16': (IMAGENET, 86_567_656 - 198 * 768),
+    'transformer_small': (TEXT, (256 + 128) * 128 + 4 * (12 * 128**2 + 13 * 128) + 2 * 128),
 }
+assert (wide_resnet(28, 10), wide_resnet(40, 4)) == (36_479_194, 8_949_210)
 
 
 def make_config(model: str, dtype: str = 'float32', data: Any = IMAGENET) -> Any:
@@ -38,6 +67,10 @@ def make_config(model: str, dtype: str = 'float32', data: Any = IMAGENET) -> Any
     return config_lib.complete(
         config_lib.Config({'model': model, 'dtype': dtype, 'input_shape': shape, 'num_classes': classes})
     )
+
+
+def data_of(model: str) -> Any:
+    return SIZES[model][0] if model in SIZES else FASHION
 
 
 def products(jaxpr: Any) -> list[Any]:
@@ -60,20 +93,23 @@ def test_parameter_counts(model: str) -> None:
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('model', config_lib.BUILT_IN_MODELS)
+@pytest.mark.parametrize('model', config_fields.BUILT_IN_MODELS)
 def test_dtype_is_that_of_products_alone(model: str, dtype: str) -> None:
     """Parameters, statistics, gradients and logits are float32; the products are what the config says."""
-    config = make_config(model, dtype, SIZES.get(model, (FASHION, 0))[0])
+    config = make_config(model, dtype, data_of(model))
     check_model_and_loss(config)
     state, module = abstract_state(config, 0.1), create_model(config)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     assert {x.dtype for x in jax.tree.leaves((variables, state.opt_state)) if x.ndim} == {FLOAT32}
-    images = jax.ShapeDtypeStruct((2, *config.input_shape), jnp.float32)
+    tokens = len(config.input_shape) == 1
+    images = jax.ShapeDtypeStruct((2, *config.input_shape), jnp.int32 if tokens else jnp.float32)
 
     def apply(variables: Any, images: jax.Array) -> jax.Array:
         return module.apply(variables, images, **eval_flags(module))
 
-    assert jax.eval_shape(apply, variables, images).dtype == FLOAT32
+    logits = jax.eval_shape(apply, variables, images)
+    assert logits.dtype == FLOAT32
+    assert logits.shape == (2, *(config.input_shape if tokens else ()), config.num_classes)
     found = products(jax.make_jaxpr(apply)(variables, images).jaxpr)
     *before, head = [
         equation.invars[0].aval.dtype for equation in found

@@ -264,8 +264,20 @@ def test_the_death_of_the_coordinator_is_named(long_job: Job, start: Start, tmp_
     job.wait_until(saved(tmp_path / 'run', 6))
     job.all[0].kill()
     _, second = job.results()
-    assert second.code not in (0, 75), second
-    assert 'process 0' in second.stderr or 'leader' in second.stderr, second  # JAX's word for it
+    assert second.code == 1, second
+    last = second.stderr.splitlines()[-1]
+    assert last.startswith('error: process 0, the coordinator, is gone') and 'last completed step' in last
+
+
+def test_a_process_that_a_library_aborts_is_named_at_once(
+    long_job: Job, start: Start, tmp_path: Path
+) -> None:
+    job = start(long_job, tmp_path / 'run', 2, 2)
+    job.wait_until(saved(tmp_path / 'run', 6))
+    job.all[1].send_signal(signal.SIGABRT)
+    first, second = job.results(HEARTBEAT)
+    assert second.code in (1, -signal.SIGABRT) and first.code == 1, (first, second)
+    assert f'error: process 1 ({socket.gethostname()}) was aborted' in first.stderr
 
 
 def test_a_process_that_hangs_is_named(long_job: Job, start: Start, tmp_path: Path) -> None:
@@ -331,6 +343,21 @@ def test_processes_that_differ_are_refused_by_name(tree_job: Job, start: Start, 
         assert result.code == 2, result
         assert 'error: process 1: config.seed is 1, process 0 has 0' in result.stderr
     assert not (tmp_path / 'run').exists()
+
+
+def test_processes_that_see_different_disks_are_refused(tree_job: Job, start: Start, tmp_path: Path) -> None:
+    port = free_port()
+    commands = [
+        cli(
+            *tree_job.train(tmp_path / f'run{i}', devices=2),
+            *[f'--coordinator=127.0.0.1:{port}', '--num_processes=2', f'--process_id={i}'],
+        )
+        for i in range(2)
+    ]
+    for result in Processes(tmp_path / 'job', commands, tree_job.env).results():
+        assert result.code == 2, result
+        assert 'process 1 does not see there what process 0 writes' in result.stderr
+    assert not (tmp_path / 'run0').exists() and not (tmp_path / 'run1').exists()
 
 
 def test_a_process_that_does_not_come_is_waited_for_only_so_long(tree_job: Job, tmp_path: Path) -> None:

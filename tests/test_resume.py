@@ -289,5 +289,6 @@ def test_job_of_a_version_that_had_fewer_fields(
 
 
 def contents(workdir: Path) -> dict[str, Any]:
-    """Files and what they hold, but for checkpoints that a killed run left half-written."""
-    return {name: data for name, (_, data) in snapshot(workdir).items() if 'tmp' not in name}
+    """Files and what they hold, but for who holds it, and checkpoints that a killed run left half-written."""
+    held = snapshot(workdir).items()
+    return {name: data for name, (_, data) in held if 'tmp' not in name and name != '.lock'}

@@ -45,7 +45,7 @@ def make_split(n: int = 96, seed: int = 0) -> Split:
 def make_config(model: str, **fields: Any) -> Any:
     return config_lib.complete(
         config_lib.Config({
-            'model': MODELS[model], 'batch_size': 32, 'shards': 8, 'num_epochs': 10,
+            'model': MODELS.get(model, model), 'batch_size': 32, 'shards': 8, 'num_epochs': 10,
             'input_shape': (28, 28, 1), 'num_classes': 10, **fields,
         })
     )  # fmt: skip

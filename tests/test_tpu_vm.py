@@ -148,7 +148,7 @@ def cloud(tmp_path: Path) -> Cloud:
         (venv / 'bin' / 'python').symlink_to(tmp_path / 'python')
         wanted = 'cat "$1/setup.cfg" "$1/constraints.txt" | cksum | tr " " -'
         done = subprocess.run(['bash', '-c', wanted, '-', ROOT], capture_output=True, text=True, check=True)
-        (venv / f'.installed-{done.stdout.strip()}-tpu').touch()
+        (venv / f'.installed-{done.stdout.strip()}-tpu,gcs').touch()
     return Cloud(tmp_path)
 
 

@@ -1,7 +1,9 @@
-"""The layers that the convolutional networks share."""
+"""The layers that several of the models share."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -31,3 +33,15 @@ def batch_norm(*, train: bool, dtype: Any, scale_init: Any = nn.initializers.one
     return nn.BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, scale_init=scale_init
     )
+
+
+def repeated(block: Callable[..., nn.Module], remat: bool) -> Callable[..., nn.Module]:
+    """Returns what makes the blocks of a model, of a module class that is called as `block(...)(x)`.
+
+    With `remat` a block keeps its input alone for the backward pass, which computes the rest again. The
+    blocks have the names that Flax gives them without, so that the parameters are the same.
+    """
+    if not remat:
+        return block
+    numbers, again = itertools.count(), nn.remat(block)  # type: ignore[type-var]
+    return lambda *args: again(*args, name=f'{block.__name__}_{next(numbers)}')

@@ -1,4 +1,4 @@
-"""Residual networks for ImageNet (He et al. 2016): ResNet-18 and ResNet-50, version 1.5."""
+"""Residual networks for ImageNet (He et al. 2016): ResNet-18, 34, 50 and 101, version 1.5."""
 
 from __future__ import annotations
 
@@ -59,16 +59,19 @@ class ResNet(nn.Module):
     Takes float32 images [batch, height, width, channels], returns float32 logits [batch, num_classes].
     `dtype` is that of convolutions and activations; parameters, batch statistics and logits are
     float32. The last BatchNorm scale of each block starts at zero, so that a block starts as the
-    identity (Goyal et al. 2017, section 5.1). Padding is symmetric, as in torchvision.
+    identity (Goyal et al. 2017, section 5.1). Padding is symmetric, as in torchvision. With `remat` the
+    backward pass computes each block's activations again.
     """
 
     block: Callable[..., nn.Module]
     blocks_per_stage: Sequence[int]
     num_classes: int = 1000
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        block = layers.repeated(self.block, self.remat)
         conv = functools.partial(layers.conv, dtype=self.dtype)
         norm = functools.partial(layers.batch_norm, train=train, dtype=self.dtype)
         x = nn.relu(norm()(conv(64, 7, 2)(x)))
@@ -76,7 +79,7 @@ class ResNet(nn.Module):
         for stage, blocks in enumerate(self.blocks_per_stage):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
-                x = self.block(64 * 2**stage, stride, conv, norm)(x)
+                x = block(64 * 2**stage, stride, conv, norm)(x)
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01))(x)
 
@@ -88,8 +91,22 @@ class ResNet18(ResNet):
     blocks_per_stage: Sequence[int] = (2, 2, 2, 2)
 
 
+class ResNet34(ResNet):
+    """21,797,672 parameters at 1,000 classes, as torchvision's."""
+
+    block: Callable[..., nn.Module] = BasicBlock
+    blocks_per_stage: Sequence[int] = (3, 4, 6, 3)
+
+
 class ResNet50(ResNet):
     """25,557,032 parameters at 1,000 classes, as torchvision's."""
 
     block: Callable[..., nn.Module] = BottleneckBlock
     blocks_per_stage: Sequence[int] = (3, 4, 6, 3)
+
+
+class ResNet101(ResNet):
+    """44,549,160 parameters at 1,000 classes, as torchvision's."""
+
+    block: Callable[..., nn.Module] = BottleneckBlock
+    blocks_per_stage: Sequence[int] = (3, 4, 23, 3)

@@ -1,0 +1,44 @@
+"""WRN-28-10 on CIFAR-100, warm restarts (SGDR, Loshchilov & Hutter 2017).
+
+Command:  python -m parallel_train train --config=configs/cifar100_wrn28_10_sgdr.py --workdir=runs/wrn
+Hardware: an accelerator; 1, 2, 4 or 8 devices.
+Result:   not trained here; the paper reports a test error of 19.58% (table 1,
+          T_0 = 10, T_mult = 2, median of 5 runs), at epoch 150, where a cycle ends; restarts go on there to
+          epoch 200. `evaluate --ensemble` averages the snapshots at the cycles' ends (its section 4.3).
+          Crops, pixels and BatchNorm: see cifar100_wrn28_10.py.
+"""
+
+from ml_collections import config_dict
+
+from parallel_train import default_config
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = default_config()
+    config.dataset = 'cifar100'
+    config.model = 'wide_resnet_28_10'
+
+    config.batch_size = 128
+    config.shards = 8  # BatchNorm over 16 examples on 1, 2, 4 and 8 devices
+    config.num_epochs = 150.0
+
+    config.schedule = 'cosine_restarts'
+    config.learning_rate = 0.05
+    config.restart_epochs = 10.0  # T_0: cycles end after epochs 10, 30, 70 and 150
+    config.restart_multiplier = 2.0  # T_mult
+    config.warmup_epochs = 0.0
+    config.optimizer = 'sgd'
+    config.momentum = 0.9
+    config.nesterov = True
+    config.weight_decay = 5e-4
+    config.decay_norm_and_bias = True  # the paper's code decays every parameter
+
+    config.random_crop_padding = 4
+    config.random_flip = True
+
+    # For planning without the data.
+    config.num_train_examples = 50_000
+    config.num_eval_examples = 10_000
+    config.input_shape = (32, 32, 3)
+    config.num_classes = 100
+    return config

@@ -1,0 +1,47 @@
+"""Fashion-MNIST in a short time on 2 CPU cores: aimed at a test accuracy of 0.94, which is not shown yet.
+
+Command:  python -m parallel_train train --config=configs/fashion_mnist_fast.py --workdir=runs/fast
+Hardware: 2 CPU cores, 4 XLA devices.
+Result:   not run here in full. These settings for 5 epochs, without the moving average: test accuracy 0.9353,
+          one seed. A step takes 0.87 (0.82 to 0.91) of the processor time of one of fashion_mnist_resnet.py,
+          whose run was first seen above 0.94 after 14 of its 16 epochs: by that, 8 epochs here take half as
+          long, and 0.4 of it are 6.4 epochs.
+"""
+
+from ml_collections import config_dict
+
+from parallel_train import default_config
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = default_config()
+    config.dataset = 'fashion_mnist'
+    config.model = 'fast_net'
+    config.label_smoothing = 0.1
+
+    config.batch_size = 128
+    config.shards = 4  # BatchNorm over 32 examples
+    config.num_epochs = 8.0
+
+    config.schedule = 'linear'
+    config.learning_rate = 0.1
+    config.warmup_epochs = 1.0
+    config.warmup_learning_rate = 0.02
+    config.optimizer = 'sgd'
+    config.momentum = 0.9
+    config.nesterov = True
+    config.weight_decay = 5e-4
+    config.ema_decay = 0.995
+
+    config.random_crop_padding = 1
+    config.random_flip = True
+
+    config.eval_every_epochs = 0.0  # at the end
+    config.checkpoint_every_epochs = 0.0
+
+    # For planning without the data.
+    config.num_train_examples = 60_000
+    config.num_eval_examples = 10_000
+    config.input_shape = (28, 28, 1)
+    config.num_classes = 10
+    return config

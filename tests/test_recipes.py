@@ -1,0 +1,80 @@
+"""Recipes train on 8 devices on data of their shape, and their plans are the papers' numbers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel_train import config as config_lib
+from parallel_train import make_plan, start_devices, train_and_evaluate
+from tests.conftest import ROOT, read_rows
+
+start_devices(8)
+
+CIFAR_SIZES = (50_000, 10_000)
+
+
+def load(name: str) -> Any:
+    return config_lib.load(ROOT / 'configs' / f'{name}.py')
+
+
+@pytest.mark.parametrize('dataset', ['cifar10', 'cifar100'])
+@pytest.mark.parametrize('devices', [1, 8])
+def test_wide_resnet_has_the_papers_plan(dataset: str, devices: int) -> None:
+    """Zagoruyko & Komodakis 2016, section 3: batch 128, 200 epochs, rate 0.1, times 0.2 at 60, 120, 160."""
+    plan = make_plan(load(f'{dataset}_wrn28_10'), *CIFAR_SIZES, devices)
+    assert (plan.batch_size, plan.steps_per_epoch, plan.num_steps) == (128, 390, 78_000)
+    assert plan.peak_learning_rate == 0.1 and plan.warmup_steps == 0
+    assert plan.boundaries == [23_400, 46_800, 62_400]
+    assert [plan.rate(step) for step in (0, 23_399, 23_400, 46_800, 62_400, 77_999)] == pytest.approx(
+        [0.1, 0.1, 0.02, 0.004, 0.0008, 0.0008]
+    )
+
+
+@pytest.mark.parametrize('dataset', ['cifar10', 'cifar100'])
+def test_restarts_come_when_the_paper_has_them(dataset: str) -> None:
+    """Loshchilov & Hutter 2017, table 1: rate 0.05, T_0 = 10, T_mult = 2: cycles end at 10, 30, 70, 150."""
+    plan = make_plan(load(f'{dataset}_wrn28_10_sgdr'), *CIFAR_SIZES, 8)
+    assert plan.num_steps == 150 * 390
+    assert plan.boundaries == [3_900, 11_700, 27_300]
+    for start, end in ((0, 3_900), (3_900, 11_700), (11_700, 27_300), (27_300, 58_500)):
+        assert plan.rate(start) == pytest.approx(0.05)
+        assert plan.rate((start + end) / 2) == pytest.approx(0.025)
+        last = 0.05 * (1 + math.cos(math.pi * (1 - 1 / (end - start)))) / 2  # equation 5
+        assert plan.rate(end - 1) == pytest.approx(last)
+
+
+@pytest.mark.parametrize(
+    ('name', 'dataset', 'model'),
+    [
+        # The wide ones with fewer layers and narrow, which compiles in seconds.
+        pytest.param('cifar10_wrn28_10', 'cifar10', 'WideResNetShrunk', marks=pytest.mark.slow),
+        pytest.param('cifar100_wrn28_10', 'cifar100', 'WideResNetShrunk', marks=pytest.mark.slow),
+        pytest.param('cifar10_wrn28_10_sgdr', 'cifar10', 'WideResNetShrunk', marks=pytest.mark.slow),
+        ('cifar100_wrn28_10_sgdr', 'cifar100', 'WideResNetShrunk'),
+        pytest.param('fashion_mnist_wrn', 'noise', 'WideResNetShrunk', marks=pytest.mark.slow),
+        ('fashion_mnist_fast', 'noise', ''),
+    ],
+)
+def test_recipe_trains(name: str, dataset: str, model: str, tmp_path: Path) -> None:
+    config = load(name)
+    config.dataset = f'tests.models_for_tests:{dataset}'
+    if model:
+        config.model = f'tests.models_for_tests:{model}'
+    with config.ignore_type():
+        config.num_train_examples = config.num_eval_examples = 0
+    config.batch_size, config.eval_batch_size = 32, 64
+    config.num_epochs = 3 / 8  # 3 steps of 256 examples
+    config.log_every_steps = 1
+    if config.schedule == 'cosine_restarts':
+        config.restart_epochs = 1 / 8
+        config.restart_multiplier = 2.0
+    train_and_evaluate(config, tmp_path / 'run', devices=min(8, config.shards))
+    rows = read_rows(tmp_path / 'run')
+    train = [row for row in rows if row['split'] == 'train']
+    assert [row['step'] for row in train] == [1, 2, 3]
+    assert all(math.isfinite(row['loss']) and row['grad_norm'] > 0 for row in train)
+    assert rows[-1]['split'] == 'eval' and rows[-1]['num_examples'] == 64
