@@ -39,6 +39,20 @@ def get_config() -> config_dict.ConfigDict:
     config.input_shape = ()  # one image: (height, width, channels); one row of tokens: (length,)
     config.num_classes = 0
 
+    # Images of any size, read and decoded for each step (docs/data.md).
+    config.image_size = (
+        0  # the model sees squares of so many pixels, RGB; 0: images as they are, all of one size
+    )
+    config.random_resized_crop = (
+        False  # training sees 8% to 100% of the area, of sides 3:4 to 4:3; else the centre
+    )
+    config.crop_fraction = 0.875  # of the shorter side: the square at the centre that evaluation sees
+    config.max_corrupt_examples = 10  # so many images of a split may be undecodable; one more ends the run
+
+    # On the device pixels in [0, 1] become (pixel - mean) / std, one number a channel.
+    config.pixel_mean = ()  # (): 0
+    config.pixel_std = ()  # (): 1
+
     # How long, in how large steps.
     config.batch_size = 128  # GLOBAL: examples in one optimizer step, over all devices
     config.eval_batch_size = 1000  # anything positive: the last batch is padded

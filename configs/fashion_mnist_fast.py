@@ -1,8 +1,11 @@
-"""0.94 on Fashion-MNIST in as little time as 2 CPU cores allow.
+"""Fashion-MNIST in a short time on 2 CPU cores: aimed at a test accuracy of 0.94, which is not shown yet.
 
 Command:  python -m parallel_train train --config=configs/fashion_mnist_fast.py --workdir=runs/fast
 Hardware: 2 CPU cores, 4 XLA devices.
-Result:   TODO
+Result:   not run here in full. These settings for 5 epochs, without the moving average: test accuracy 0.9353,
+          one seed. A step takes 0.87 (0.82 to 0.91) of the processor time of one of fashion_mnist_resnet.py,
+          whose run was first seen above 0.94 after 14 of its 16 epochs: by that, 8 epochs here take half as
+          long, and 0.4 of it are 6.4 epochs.
 """
 
 from ml_collections import config_dict

@@ -4,7 +4,7 @@ Plan:     python -m parallel_train plan --config=configs/imagenet_resnet50.py --
 Compile:  python -m parallel_train compile --config=configs/imagenet_resnet50.py --topology=v5e:16x16
 Hardware: any number of devices that divides 256; docs/foresight.md says what fits.
 Result:   not trained here, where there is no ImageNet; the paper reports a top-1 error of 23.74 ± 0.09%.
-          Its crops of random size and aspect are not part of this recipe yet.
+Data:     docs/data.md
 """
 
 from ml_collections import config_dict
@@ -39,7 +39,11 @@ def get_config() -> config_dict.ConfigDict:
     config.momentum = 0.9
     config.nesterov = True
     config.weight_decay = 1e-4
+    config.image_size = 224
+    config.random_resized_crop = True  # as its reference code crops; evaluation: the centre of 256 pixels
     config.random_flip = True
+    config.pixel_mean = (0.485, 0.456, 0.406)
+    config.pixel_std = (0.229, 0.224, 0.225)
 
     # For planning without the data.
     config.num_train_examples = 1_281_167

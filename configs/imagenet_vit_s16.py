@@ -4,7 +4,8 @@ Plan:     python -m parallel_train plan --config=configs/imagenet_vit_s16.py --d
 Compile:  python -m parallel_train compile --config=configs/imagenet_vit_s16.py --topology=v5e:8x8
 Hardware: any number of devices that divides 1,024; docs/foresight.md says what fits.
 Result:   not trained here, where there is no ImageNet; the paper reports more than 76% top-1 accuracy.
-          Its RandAugment, mixup and Inception crops are not part of this recipe yet.
+          Its RandAugment and mixup are not part of this recipe yet.
+Data:     docs/data.md
 """
 
 from ml_collections import config_dict
@@ -32,7 +33,11 @@ def get_config() -> config_dict.ConfigDict:
     config.momentum = 0.9
     config.weight_decay = 0.1  # times the rate; the paper's 1e-4 is that product at the peak rate
     config.gradient_clip_norm = 1.0
+    config.image_size = 224
+    config.random_resized_crop = True
     config.random_flip = True
+    config.pixel_mean = (0.5,)
+    config.pixel_std = (0.5,)
 
     # For planning without the data.
     config.num_train_examples = 1_281_167

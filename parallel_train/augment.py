@@ -6,6 +6,7 @@ Runs on the device, inside the step, for a whole batch at once. What is random i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -168,8 +169,18 @@ def box(top: Any, left: Any, height: Any, width: Any, shape: tuple[int, ...]) ->
     return inside_rows[:, None] & (columns >= left) & (columns < left + width)
 
 
-def normalise(images: jax.Array) -> jax.Array:
-    """uint8 pixels to float32 in [0, 1]; other dtypes to float32 as they are."""
-    if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 255.0
-    return images.astype(jnp.float32)
+def normalise(images: jax.Array, mean: Sequence[float] = (), std: Sequence[float] = ()) -> jax.Array:
+    """uint8 pixels to float32 in [0, 1], then (pixels - mean) / std; other dtypes to float32 as they are.
+
+    Args:
+      images: [..., channels].
+      mean, std: one number a channel, or one for all; () for 0 and 1.
+    """
+    if images.dtype != jnp.uint8:
+        return images.astype(jnp.float32)
+    pixels = images.astype(jnp.float32) / 255.0
+    if len(mean):
+        pixels -= jnp.asarray(mean, jnp.float32)
+    if len(std):
+        pixels /= jnp.asarray(std, jnp.float32)
+    return pixels

@@ -2,7 +2,8 @@
 
 A dataset that fits lies whole on every device, as uint8, and the step gathers its batch by index:
 the host sends an epoch's order once an epoch and nothing in between. A larger one is gathered by
-threads on the host, some steps ahead, and each device gets its slice.
+threads on the host, some steps ahead, and each device gets its slice; so is one whose images are read
+and decoded for each step (stream.py).
 
 Either way a step is given a dict of arrays ("data"), from which `local_batch` makes a device's batch
 inside the step: 'image', 'label', 'index' (which example of the split), for evaluation 'weight'.
@@ -13,20 +14,21 @@ from __future__ import annotations
 import collections
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parallel_train import order
-from parallel_train.dataset import Split
+from parallel_train.dataset import AnySplit, Split
 from parallel_train.mesh import is_cpu, put, put_whole
 from parallel_train.plan import Plan
 from parallel_train.reduce import DATA_AXIS
+from parallel_train.stream import StreamedSplit
 
 Data = dict[str, jax.Array]
 
@@ -125,7 +127,7 @@ class ResidentFeed:
 class HostFeed:
     """The dataset on the host; `at(step)` waits for a batch that threads gathered ahead of time."""
 
-    def __init__(self, split: Split, config: Any, plan: Plan, mesh: Mesh):
+    def __init__(self, split: AnySplit, config: Any, plan: Plan, mesh: Mesh):
         self._split, self._config, self._plan, self._mesh = split, config, plan, mesh
         self._epoch = -1
         self._rows = np.zeros((0, 0), np.int32)
@@ -145,8 +147,9 @@ class HostFeed:
     def at(self, step: int) -> Data:
         """Returns the data of the update that completes step `step + 1`; steps come in order."""
         if self._stream is None:
-            rows = (self._row(later) for later in range(step, self._plan.num_steps))
-            self._stream = gather_ahead(self._split, rows, self._mesh)
+            steps = range(step, self._plan.num_steps)
+            epochs = (later // self._plan.steps_per_epoch for later in steps)
+            self._stream = gather_ahead(self._split, map(self._row, steps), self._mesh, epochs=epochs)
         start = time.perf_counter()
         data = next(self._stream)
         self.wait_seconds += time.perf_counter() - start
@@ -156,21 +159,27 @@ class HostFeed:
         self._stream = None  # which ends its threads
 
 
-def make_feed(split: Split, config: Any, plan: Plan, mesh: Mesh) -> ResidentFeed | HostFeed:
+def make_feed(split: AnySplit, config: Any, plan: Plan, mesh: Mesh) -> ResidentFeed | HostFeed:
     """Returns where the train step takes its data from."""
-    kind = ResidentFeed if resident(split, config.data_placement, mesh) else HostFeed
-    return kind(split, config, plan, mesh)
+    if isinstance(split, Split) and resident(split, config.data_placement, mesh):
+        return ResidentFeed(split, config, plan, mesh)
+    return HostFeed(split, config, plan, mesh)
 
 
 def gather_ahead(
-    split: Split, rows: Iterable[np.ndarray], mesh: Mesh, weights: Iterable[np.ndarray] | None = None
+    split: AnySplit,
+    rows: Iterable[np.ndarray],
+    mesh: Mesh,
+    weights: Iterable[np.ndarray] | None = None,
+    epochs: Iterable[int] | None = None,
 ) -> Iterator[Data]:
     """Yields what `gather` gives for each row of examples, threads being a few rows ahead."""
     ahead: collections.deque[Future[Data]] = collections.deque()
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix='feed')
     try:
-        for row, weight in zip(rows, itertools.repeat(None) if weights is None else weights):  # noqa: B905, rows decide
-            ahead.append(pool.submit(gather, split, row, mesh, weight))
+        rest = (itertools.repeat(None) if weights is None else weights), epochs or itertools.repeat(0)
+        for row, weight, epoch in zip(rows, *rest):  # noqa: B905, rows decide
+            ahead.append(pool.submit(gather, split, row, mesh, weight, epoch))
             if len(ahead) > _STEPS_AHEAD:
                 yield ahead.popleft().result()
         while ahead:
@@ -179,16 +188,44 @@ def gather_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def gather(split: Split, examples: np.ndarray, mesh: Mesh, weights: Any = None) -> Data:
+def gather(split: AnySplit, examples: np.ndarray, mesh: Mesh, weights: Any = None, epoch: int = 0) -> Data:
     """Puts the given examples on the mesh, each device its slice; only this process's are read."""
     cut = P(DATA_AXIS)
-    image_shape = (len(examples), *split.images.shape[1:])
-    label_shape = (len(examples), *split.labels.shape[1:])
+    if isinstance(split, Split):
+        images, labels = (lambda i: split.images[examples[i]]), (lambda i: split.labels[examples[i]])
+        label_shape = (len(examples), *split.labels.shape[1:])
+    else:
+        images, labels = _read_local(split, examples, mesh, epoch)
+        label_shape = examples.shape
+    image_shape = (len(examples), *split.image_shape)
     data = {
-        'image': put(mesh, image_shape, cut, lambda i: split.images[examples[i[0]]]),
-        'label': put(mesh, label_shape, cut, lambda i: split.labels[examples[i[0]]]),
+        'image': put(mesh, image_shape, cut, lambda i: images(i[0])),
+        'label': put(mesh, label_shape, cut, lambda i: labels(i[0])),
         'index': put(mesh, examples.shape, cut, lambda i: examples[i[0]]),
     }
     if weights is not None:
         data['weight'] = put_whole(mesh, weights, cut)
     return data
+
+
+def _read_local(
+    split: StreamedSplit, examples: np.ndarray, mesh: Mesh, epoch: int
+) -> tuple[Callable[[slice], np.ndarray], Callable[[slice], np.ndarray]]:
+    """Reads the slices of a batch that belong to this process's devices, all at once.
+
+    Returns functions from such a slice to its images and to its labels.
+    """
+    places = NamedSharding(mesh, P(DATA_AXIS)).addressable_devices_indices_map(examples.shape).values()
+    slices = sorted({index[0].indices(len(examples))[:2] for index in places if index is not None})
+    images, labels = split.read(np.concatenate([examples[start:stop] for start, stop in slices]), epoch)
+    lengths = [stop - start for start, stop in slices]
+    where = dict(zip(slices, itertools.accumulate(lengths, initial=0), strict=False))
+
+    def part_of(array: np.ndarray) -> Callable[[slice], np.ndarray]:
+        def part(wanted: slice) -> np.ndarray:
+            start, stop, _ = wanted.indices(len(examples))
+            return array[where[start, stop] : where[start, stop] + stop - start]
+
+        return part
+
+    return part_of(images), part_of(labels)

@@ -13,21 +13,20 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from parallel_train import processes
 from parallel_train.errors import UserError
 from parallel_train.files import move_folder
+from parallel_train.kept import KeepLatestAndBest, open_manager, quiet_orbax
 from parallel_train.paths import absolute
 from parallel_train.replicas import digest
 from parallel_train.state import TrainState, saved_parts
@@ -64,58 +63,6 @@ def open_checkpoints(
         checkpoints.close()
 
 
-def _open_manager(
-    directory: Path, policy: preservation_policy.PreservationPolicy, read_only: bool
-) -> ocp.CheckpointManager:
-    here = ocp.options.MultiprocessingOptions()
-    if processes.count() > 1:
-        here = ocp.options.MultiprocessingOptions(
-            primary_host=processes.index(), active_processes={processes.index()}
-        )
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy,
-        read_only=read_only,
-        create=False,
-        cleanup_tmp_directories=not read_only,
-        multiprocessing_options=here,
-    )
-    if not read_only:
-        directory.mkdir(parents=True, exist_ok=True)
-    with _quiet_orbax():  # else it warns of what `read_only` means
-        # With the handler named, Orbax does not tell from the first checkpoint that it meets, perhaps one
-        # whose deletion was cut short, how to read all of them.
-        handler = ocp.StandardCheckpointHandler(multiprocessing_options=here)
-        return ocp.CheckpointManager(directory, options=options, item_handlers=handler)
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-class _KeepLatestAndBest(preservation_policy.PreservationPolicy):
-    """Keeps the latest `latest` checkpoints, the one of the highest accuracy, and all snapshots.
-
-    Orbax's own policy for the best knows nothing of what was saved before a resume.
-    """
-
-    def __init__(self, latest: int, accuracy: dict[int, float], snapshots: Collection[int]):
-        self._latest, self._accuracy, self._snapshots = latest, accuracy, snapshots
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = [info.step for info in checkpoints]
-        kept = {*sorted(steps)[-self._latest :], *self._snapshots}
-        evaluated = [step for step in steps if step in self._accuracy]
-        if evaluated:
-            kept.add(max(evaluated, key=lambda step: (self._accuracy[step], step)))
-        return [step in kept for step in steps]
-
-
 class Damaged(Exception):
     """A checkpoint that cannot be read, or does not hold what was saved."""
 
@@ -139,12 +86,12 @@ class Checkpoints:
     def _open(self) -> None:
         directory = absolute(self._workdir / CHECKPOINTS)
         accuracy: dict[int, float] = {}
-        policy = _KeepLatestAndBest(self._keep, accuracy, self._snapshots)
+        policy = KeepLatestAndBest(self._keep, accuracy, self._snapshots)
         if processes.is_first():
-            self._manager = _open_manager(directory, policy, self._read_only)
+            self._manager = open_manager(directory, policy, self._read_only)
         self._latest: int | None = processes.share(lambda: self._manager.latest_step())
         if not processes.is_first():  # now that process 0 has made the folder
-            self._manager = _open_manager(directory, policy, self._read_only)
+            self._manager = open_manager(directory, policy, self._read_only)
         self._accuracy = accuracy
         for step in self.steps():
             with contextlib.suppress(Exception):  # none, or damaged
@@ -152,7 +99,7 @@ class Checkpoints:
 
     def _metadata(self, step: int) -> dict[str, Any]:
         """Returns what `save` put beside the arrays; {} where it is lost."""
-        with _quiet_orbax():
+        with quiet_orbax():
             return self._manager.metadata(step).custom_metadata or {}
 
     def latest_step(self) -> int | None:
@@ -297,7 +244,7 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local), saved_parts(template)
         )
         try:
-            with _quiet_orbax():
+            with quiet_orbax():
                 parts = self._manager.restore(step, args=ocp.args.StandardRestore(target))
             kept = self._metadata(step).get(_FINGERPRINTS)
         except Exception as error:  # of many kinds, from Orbax and TensorStore

@@ -224,10 +224,9 @@ def data(patient: Patient) -> Finding:
 
     start, told = time.perf_counter(), []
     for name in dict.fromkeys((patient.config.train_split, patient.config.eval_split)):
-        split = dataset.load_split(patient.config.dataset, name, patient.data_dir)
-        for i in (0, len(split.images) // 2, len(split.images) - 1):
-            np.asarray(split.images[i])
-        told.append(f'{name} {len(split.images):,}')
+        split = dataset.open_split(patient.config, name, patient.data_dir)
+        split.read(np.array([0, len(split) // 2, len(split) - 1]))
+        told.append(f'{name} {len(split):,}')
     seconds = time.perf_counter() - start
     return Finding(True, f'{patient.config.dataset}: {", ".join(told)} examples, opened in {seconds:.2f} s')
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from parallel_train import commands
+from parallel_train import commands, config_fields, flag_names
 from parallel_train import config as config_lib
 from parallel_train.errors import ENDINGS, FAULT, OK, USER_ERROR, Preempted, UserError
 from parallel_train.paths import expanded
@@ -77,7 +77,7 @@ def _run(argv: list[str]) -> int:
         return OK if wants_help else USER_ERROR
     name = argv[1]
     if name not in commands.COMMANDS:
-        near = config_lib.nearest(name, list(commands.COMMANDS))
+        near = config_fields.nearest(name, list(commands.COMMANDS))
         raise UserError(
             f'command {name!r}: must be one of {", ".join(commands.COMMANDS)}, and come first{near}'
         )
@@ -103,7 +103,7 @@ def _parse(argv: list[str], known: Sequence[str]) -> tuple[Any, Any]:
     its fields; fields that the file leaves out can be overridden too.
     """
     values = flags.FlagValues()
-    commands.define_flags(values, known)
+    flag_names.define_flags(values, known)
     paths = [a.partition('=')[2] for a in argv if a.lstrip('-').startswith('config=')]
     rest = [a for a in argv if not a.lstrip('-').startswith('config=')]
     config = None
@@ -132,7 +132,7 @@ def _check_overrides(overridden: list[str], config: Any) -> None:
         name, equals, _ = argument.partition('=')
         key = name.partition('.')[2]
         if key not in config:
-            raise UserError(f'config.{key}: there is no such field{config_lib.nearest(key, list(config))}')
+            raise UserError(f'config.{key}: there is no such field{config_fields.nearest(key, list(config))}')
         if not equals and not isinstance(config[key], bool):
             raise UserError(f'config.{key}: needs a value, --config.{key}=VALUE')
 
@@ -142,7 +142,7 @@ def _flag_message(message: str, known: Sequence[str]) -> str:
     first = message.strip().splitlines()[0]
     if 'Unknown command line flag' in first:
         name = first.split("'")[1]
-        near = config_lib.nearest(name, list(known))
+        near = config_fields.nearest(name, list(known))
         return f'--{name}: there is no such flag here{near}; flags: {", ".join(known)}'
     flag, _, reason = first.removeprefix('flag ').partition(': ')
     for said, meant in _NEEDED.items():
@@ -153,7 +153,7 @@ def _flag_message(message: str, known: Sequence[str]) -> str:
 
 
 def _usage() -> str:
-    texts = commands.FLAGS
+    texts = flag_names.FLAGS
     width = max(map(len, texts)) + 4
     return _USAGE.format(
         commands='\n'.join(f'  {n:<10}{c.summary}' for n, c in commands.COMMANDS.items()),

@@ -4,54 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-
 from parallel_train.errors import FAULT, OK, DoesNotFit, UserError
+from parallel_train.flag_names import JOB_FLAGS, PROCESS_FLAGS
 from parallel_train.paths import expanded, opened, opened_here
 
 if TYPE_CHECKING:
     from parallel_train.lifeline import Limits
-
-
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    kind: str  # 'string' | 'integer' | 'float' | 'boolean'
-    text: str
-
-
-FLAGS = {
-    'workdir': Flag('string', 'folder of the run: checkpoints, metrics, report'),
-    'data_dir': Flag('string', 'folder of TFDS datasets (default: TFDS_DATA_DIR, ~/tensorflow_datasets)'),
-    'devices': Flag('integer', 'devices to use; on CPU, XLA devices to make'),
-    'debug': Flag('boolean', 'show tracebacks of user errors'),
-    'from': Flag('string', 'prepare: folder with the four IDX files'),
-    'json': Flag('boolean', 'plan, evaluate, compile, scale, doctor: JSON alone on stdout'),
-    'step': Flag('integer', 'evaluate: which checkpoint (default: the latest)'),
-    'ensemble': Flag('boolean', "evaluate: the run's snapshots, each and together"),
-    'raw': Flag('boolean', 'evaluate: the parameters themselves, not their moving averages'),
-    'skip_nonfinite': Flag('integer', 'train: leave out up to so many steps that are not finite'),
-    'profile_steps': Flag('string', 'train: write a trace of these steps, such as 100:110, into the workdir'),
-    'coordinator': Flag('string', 'HOST:PORT of process 0, in a job of several processes'),
-    'num_processes': Flag('integer', 'how many processes the job has'),
-    'process_id': Flag('integer', 'which of them this is, from 0'),
-    'start_timeout': Flag('float', 'seconds to wait for all processes to come (300)'),
-    'heartbeat_timeout': Flag('float', 'seconds without a sign of life of a process that end the job (60)'),
-    'stall_timeout': Flag('float', 'seconds without a step after which a process is stuck (600; 0: never)'),
-    'topology': Flag('string', 'compile: for which hardware, such as v5e:2x4,v5p:4x4x4,cpu:8'),
-    'fit': Flag('boolean', 'compile: search the largest batch that fits'),
-    'device_counts': Flag('string', 'scale: how many devices to measure on, such as 1,2,4,8'),
-    'mode': Flag('string', 'scale: weak, strong or weak,strong (default: both)'),
-    'processes': Flag('string', 'scale: in how many processes, such as 1,2 (default: 1)'),
-    'steps': Flag('integer', 'scale: timed steps in a stretch (50)'),
-    'rounds': Flag('integer', 'scale: how many turns each size has (5)'),
-    'allow_plan_change': Flag('boolean', 'train: continue a job although its config or plan changed'),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,19 +23,6 @@ class Command:
     run: Callable[[Any, Any], int | None]  # config (None if not given), flag values -> exit code (None: 0)
     flags: Sequence[str]
     needs_config: bool = True
-
-
-def define_flags(values: flags.FlagValues, names: Sequence[str]) -> None:
-    define = {
-        'string': flags.DEFINE_string,
-        'integer': flags.DEFINE_integer,
-        'float': flags.DEFINE_float,
-        'boolean': flags.DEFINE_boolean,
-    }
-    for name in names:
-        flag = FLAGS[name]
-        default = False if flag.kind == 'boolean' else None
-        define[flag.kind](name, default, flag.text, flag_values=values)  # type: ignore[operator]
 
 
 def _workdir(values: Any) -> Path:
@@ -87,10 +37,11 @@ def prepare(config: Any, values: Any) -> None:
 
     data_dir = dataset.default_data_dir(values.data_dir)
     source = expanded('from', values['from'].value) if values['from'].value else None
-    prepare_lib.prepare(config.dataset, data_dir, source)
-    for split in dict.fromkeys((config.train_split, config.eval_split)):
-        examples = dataset.load_split(config.dataset, split, data_dir)
-        print(f'{split}: {len(examples.images):,} examples of {examples.images.shape[1:]}')
+    splits = tuple(dict.fromkeys((config.train_split, config.eval_split)))
+    prepare_lib.prepare(config.dataset, data_dir, source, splits=splits)
+    for split in splits:
+        examples = dataset.open_split(config, split, data_dir)
+        print(f'{split}: {len(examples):,} examples of {examples.image_shape}')
 
 
 def plan(config: Any, values: Any) -> None:
@@ -181,8 +132,7 @@ def scale(config: Any, values: Any) -> None:
         50 if values.steps is None else values.steps,
         5 if values.rounds is None else values.rounds,
     )
-    for split in (config.train_split, config.eval_split):
-        dataset.load_split(config.dataset, split, data_dir)  # decoded once, by one process
+    dataset.load_split(config.dataset, config.train_split, data_dir)  # decoded once, by one process
     results = run_scale(
         config, sizes, experiment, workdir, data_dir, lambda line: print(line, file=sys.stderr, flush=True)
     )
@@ -213,23 +163,11 @@ def train(config: Any, values: Any) -> None:
     )
 
 
-# What `evaluate --config` may change: on what and how it is evaluated, not what was trained.
-_OF_EVALUATION = ('dataset', 'eval_split', 'eval_batch_size', 'data_placement')
+def evaluate(config: Any, values: Any) -> None:
+    workdir = _workdir(values)
+    from parallel_train.evaluate_run import evaluate_run
 
-
-def _check_evaluate_config(config: Any, trained: Any, values: Any, workdir: Path) -> None:
-    """Refuses another model, and overrides that would change nothing."""
-    if config.model != trained.model:
-        raise UserError(
-            f'config.model={config.model!r}: {workdir} holds a {trained.model!r}; give the config '
-            'that it was trained with, or none'
-        )
-    for field in (name.removeprefix('config.') for name in values if name.startswith('config.')):
-        if field not in _OF_EVALUATION and config[field] != trained[field]:
-            raise UserError(
-                f'config.{field}={config[field]!r}: has no effect on an evaluation, and {workdir} was '
-                f'trained with {trained[field]!r}; leave it out. Used are: {", ".join(_OF_EVALUATION)}'
-            )
+    evaluate_run(config, values, workdir)
 
 
 def doctor(config: Any, values: Any) -> int:
@@ -247,83 +185,6 @@ def doctor(config: Any, values: Any) -> int:
     fit = doctor_lib.diagnose(config, given, values.json, colours=sys.stdout.isatty() and not values.json)
     return OK if fit else FAULT
 
-
-def evaluate(config: Any, values: Any) -> None:
-    workdir = _workdir(values)
-    from parallel_train import dataset, ensemble
-    from parallel_train import workdir as workdir_lib
-    from parallel_train.devices import choose_devices
-    from parallel_train.evaluate import Evaluator
-    from parallel_train.load import load_state
-    from parallel_train.mesh import make_mesh, replicated
-
-    trained = workdir_lib.read_config(workdir)
-    if config is None:
-        workdir_lib.check_no_own_code(workdir, trained)
-    else:
-        _check_evaluate_config(config, trained, values, workdir)
-        with trained.unlocked():
-            for field in _OF_EVALUATION:
-                trained[field] = config[field]
-    data_dir = dataset.default_data_dir(values.data_dir)
-    split = dataset.load_split(trained.dataset, trained.eval_split, data_dir)
-    shape, classes = split.images.shape[1:], split.num_classes
-    if shape != tuple(trained.input_shape) or classes > trained.num_classes:
-        raise UserError(
-            f'config.dataset={trained.dataset!r}: has examples {shape} in {classes} classes, but the model '
-            f'in {workdir} takes {tuple(trained.input_shape)} and knows {trained.num_classes}'
-        )
-    sizes = dataset.Sizes(0, len(split.images), split.images.shape[1:], split.num_classes, '')
-    count = choose_devices(trained, sizes, values.devices, workdir, lambda _: None, measure=False)
-    if trained.reduction == 'tree' and trained.shards % count:
-        raise UserError(
-            f"devices={count}: must divide config.shards={trained.shards} with config.reduction='tree'; use "
-            f'--devices={math.gcd(count, trained.shards)}'
-        )
-    mesh = make_mesh(count)
-    states = [
-        load_state(trained, workdir, replicated(mesh), step, averages=not values.raw)
-        for step in _steps_to_evaluate(workdir, values)
-    ]
-    evaluator = Evaluator(split, trained, mesh, states[0])
-    rows = [{'split': 'eval', 'step': int(state.step), **_whole(evaluator(state))} for state in states]
-    for row in [] if values.json else rows:
-        print(f'{trained.eval_split} at step {row["step"]:,}: {_figures(row)}')
-    result = rows[0]
-    if values.ensemble:
-        together = ensemble.together(states)
-        result = {'split': 'eval', 'step': rows[-1]['step'], 'snapshots': rows}
-        result |= _whole(Evaluator(split, trained, mesh, together)(together))
-        if not values.json:
-            print(f'{trained.eval_split}, the {len(rows)} snapshots together: {_figures(result)}')
-    if values.json:
-        print(json.dumps(result))
-
-
-def _steps_to_evaluate(workdir: Path, values: Any) -> Sequence[int | None]:
-    """Returns the steps of the checkpoints that `evaluate` is asked for; None is the latest."""
-    from parallel_train import ensemble
-
-    if not values.ensemble:
-        return [values.step]
-    if values.step is not None:
-        raise UserError(
-            f'step={values.step}: an ensemble is of all snapshots; leave out --step or --ensemble'
-        )
-    return ensemble.snapshots(workdir)
-
-
-def _whole(metrics: dict[str, float] | None) -> dict[str, float]:
-    assert metrics is not None  # nothing interrupts it
-    return metrics
-
-
-def _figures(row: dict[str, Any]) -> str:
-    return f'accuracy {row["accuracy"]:.4f}, loss {row["loss"]:.4f}, on all {row["num_examples"]:,} examples'
-
-
-_JOB_FLAGS = ('coordinator', 'num_processes', 'process_id', 'start_timeout')
-_PROCESS_FLAGS = (*_JOB_FLAGS, 'heartbeat_timeout', 'stall_timeout')
 
 COMMANDS = {
     'prepare': Command(
@@ -351,12 +212,12 @@ COMMANDS = {
         train,
         (
             'workdir', 'data_dir', 'devices', 'allow_plan_change', 'skip_nonfinite', 'profile_steps',
-            *_PROCESS_FLAGS, 'debug',
+            *PROCESS_FLAGS, 'debug',
         ),
     ),
     'doctor': Command(
         'self-test of this machine or job, one line a check',
-        doctor, ('workdir', 'data_dir', 'devices', 'json', *_JOB_FLAGS, 'debug'), needs_config=False,
+        doctor, ('workdir', 'data_dir', 'devices', 'json', *JOB_FLAGS, 'debug'), needs_config=False,
     ),
     'evaluate': Command(
         'exact metrics of a checkpoint on the eval split',

@@ -154,7 +154,9 @@ def step_shapes(
     image_bytes = count * math.prod(image) * image_dtype.itemsize
     shapes: dict[str, tuple[tuple[int, ...], Any]]
     if config.data_placement == 'device' or (
-        config.data_placement == 'auto' and batches.may_stay(image_bytes, memory_bytes)
+        config.data_placement == 'auto'
+        and not config.image_size
+        and batches.may_stay(image_bytes, memory_bytes)
     ):
         shapes = {
             'images': ((count, *image), image_dtype),

@@ -1,7 +1,8 @@
 """What is in the dataset, as arrays?
 
-`find_sizes` tells how much, with or without the data; `load_split` gives the examples. The images
-of a prepared set are decoded once, into memory-mapped files (decoded.py).
+`find_sizes` tells how much, with or without the data; `open_split` gives the examples. The images
+of a prepared set are decoded once, into memory-mapped files (decoded.py), or where `config.image_size`
+is set, each when it is wanted (stream.py).
 """
 
 from __future__ import annotations
@@ -11,19 +12,20 @@ import functools
 import os
 import re
 import shlex
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from parallel_train.config import import_object, nearest
+from parallel_train import stream
+from parallel_train.config import import_object
 from parallel_train.decode import image_shape
 from parallel_train.decoded import load_decoded
 from parallel_train.errors import UserError
 from parallel_train.examples import tokens_of
+from parallel_train.known_sets import check_known, stated_sizes
 from parallel_train.paths import opened
-from parallel_train.prepared import Features, Prepared, find_prepared, parse_features, parse_name
+from parallel_train.prepared import Prepared, find_prepared
 
 _IMPORT_PATH = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*$')
 
@@ -43,9 +45,24 @@ class Split:
     labels: np.ndarray
     class_names: tuple[str, ...]
 
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.images.shape[1:]
+
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def read(self, examples: np.ndarray, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Returns images and labels of the given examples, int32 [n]; the same in every epoch."""
+        del epoch
+        return self.images[examples], self.labels[examples]
+
+
+AnySplit: TypeAlias = Split | stream.StreamedSplit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +78,25 @@ class Sizes:
 
 # The fields of Sizes that a config may give as well.
 _SIZE_FIELDS = ('num_train_examples', 'num_eval_examples', 'input_shape', 'num_classes')
+
+
+def open_split(config: Any, split: str, data_dir: Path, training: bool = False) -> AnySplit:
+    """Opens a split as the config wants its images: all decoded, or each when it is wanted.
+
+    Args:
+      config: complete, with the dataset's `num_classes`.
+      split: as for `load_split`.
+      data_dir: where `prepare` put the set.
+      training: crops at random, if the config says so; else the centre.
+
+    Raises UserError as `load_split`.
+    """
+    if not config.image_size:
+        return load_split(config.dataset, split, data_dir)
+    prepared = find_prepared(config.dataset, data_dir)
+    if prepared is None:
+        raise not_prepared(config.dataset, data_dir)
+    return stream.StreamedSplit(prepared, split, config, training)
 
 
 def load_split(name: str, split: str, data_dir: Path) -> Split:
@@ -112,6 +148,7 @@ def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
     if 'input_shape' in given:
         given['input_shape'] = tuple(given['input_shape'])
     known: dict[str, Any]
+    stream.check_fields(config, of_function=is_import_path(config.dataset))
     if is_import_path(config.dataset):
         known, source = _sizes_of_function(config, data_dir)
     elif data_dir is not None and (prepared := find_prepared(config.dataset, data_dir)):
@@ -125,7 +162,10 @@ def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
             if match and field in given:
                 length = int(match[2]) - int(match[1] or 0)
                 _compare(field, given[field], length, f'the split {split!r}')
-        known, source = _sizes_of_tfds(config.dataset, must_know=len(given) < len(_SIZE_FIELDS))
+        known, source = stated_sizes(config.dataset, must_know=len(given) < len(_SIZE_FIELDS))
+    if config.image_size:  # whatever the set's own images are
+        given.pop('input_shape', None)
+        known['input_shape'] = stream.shape_of(config)
     for field in ('input_shape', 'num_classes'):  # counts are fallbacks: the data knows better
         if field in known and field in given:
             _compare(field, given[field], known[field], source)
@@ -136,7 +176,7 @@ def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
             'record of its sizes: run `prepare`, or set ' + ', '.join(f'config.{field}' for field in missing)
         )
     from_config = [f'config.{field}' for field in _SIZE_FIELDS if field not in known]
-    sources = ([source] if known else []) + from_config
+    sources = ([source] if source else []) + from_config
     return Sizes(**{**given, **known}, source=', '.join(sources))
 
 
@@ -154,41 +194,19 @@ def not_prepared(name: str, data_dir: Path) -> UserError:
     )
 
 
-def check_known(name: str) -> None:
-    """Raises UserError, which names the nearest, if TFDS knows no dataset of that name."""
-    base = parse_name(name)[0]
-    import tensorflow_datasets as tfds
-
-    known = tfds.list_builders(with_community_datasets=False)
-    if base not in known:
-        hint = nearest(base, known) or ' (see tensorflow.org/datasets/catalog)'
-        raise UserError(f'dataset={name!r}: is unknown to TFDS{hint}')
-
-
-def tfds_builder(name: str, data_dir: Path) -> tuple[Any, Features]:
-    """TFDS's builder of an image-classification set; UserError if the name or the set is none."""
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except Exception as error:  # of many kinds, each of which means that the name does not fit
-        reason = ' '.join(str(error).split())[:300]
-        raise UserError(f'dataset={name!r} is not accepted by TFDS: {reason}') from error
-    content = builder.info.features.to_json()['content']
-    return builder, parse_features(name, content.get('features', {}))
-
-
 def _sizes_of_prepared(config: Any, data_dir: Path, prepared: Prepared) -> tuple[dict[str, Any], str]:
     train = _ranges(prepared, config, 'train_split')
     evaluation = _ranges(prepared, config, 'eval_split')
     num_classes = prepared.features.num_classes
+    if num_classes is None and config.image_size:
+        num_classes = stream.given_classes(config)
     if num_classes is None:  # plain integers: the labels themselves tell
         splits = (config.train_split, config.eval_split)
         num_classes = max(load_split(config.dataset, s, data_dir).num_classes for s in splits)
     known = {
         'num_train_examples': sum(stop - start for _, start, stop in train),
         'num_eval_examples': sum(stop - start for _, start, stop in evaluation),
-        'input_shape': image_shape(prepared, train[0][0]),
+        'input_shape': () if config.image_size else image_shape(prepared, train[0][0]),
         'num_classes': num_classes,
     }
     return known, f'the prepared set {prepared.path}'
@@ -199,24 +217,6 @@ def _ranges(prepared: Prepared, config: Any, field: str) -> list[tuple[str, int,
         return prepared.ranges(getattr(config, field))
     except UserError as error:
         raise UserError(f'config.{field}={getattr(config, field)!r}: {error}') from error
-
-
-def _sizes_of_tfds(name: str, must_know: bool) -> tuple[dict[str, Any], str]:
-    """What TFDS knows without the data: shape and classes, where its code states them.
-
-    TFDS no longer publishes split sizes, so no network is asked.
-    """
-    check_known(name)
-    if not must_know:
-        return {}, ''
-    with tempfile.TemporaryDirectory() as nowhere:  # else TFDS would look into its default data_dir
-        _, features = tfds_builder(name, Path(nowhere))
-    known: dict[str, Any] = {}
-    if None not in features.image_shape:
-        known['input_shape'] = features.image_shape
-    if features.num_classes:
-        known['num_classes'] = features.num_classes
-    return known, "TFDS's metadata"
 
 
 def _sizes_of_function(config: Any, data_dir: Path | None) -> tuple[dict[str, Any], str]:

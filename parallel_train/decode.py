@@ -78,15 +78,15 @@ def decode_into(
     source = open_source(set_path, split)
     for first in range(start, stop, _CHUNK):
         indices = range(first, min(first + _CHUNK, stop))
-        with _reading(set_path, split):
+        with reading(set_path, split):
             examples = source.__getitems__(indices)
         for index, example in zip(indices, examples, strict=True):
             image, label = example['image'], int(example['label'])
             if image.shape != images.shape[1:]:
                 raise UserError(
                     f'{set_path.parent.name}: image {index} of {split!r} has shape {image.shape} '
-                    f'and the first {images.shape[1:]}: images must all have one shape; resize '
-                    "them in a function of your own, config.dataset='package.module:function'"
+                    f'and the first {images.shape[1:]}: images must all have one shape, or be cropped to '
+                    'one: set config.image_size (docs/data.md)'
                 )
             if label < 0:
                 raise UserError(
@@ -97,7 +97,7 @@ def decode_into(
             labels[index] = label
 
 
-def open_source(set_path: Path, split: str) -> Any:
+def open_source(set_path: Path, split: str, **options: Any) -> Any:
     """The examples of a named split, by index, as dicts with 'image' [h, w, c] and 'label'."""
     import tensorflow_datasets as tfds
     from absl import logging
@@ -105,16 +105,29 @@ def open_source(set_path: Path, split: str) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # TFDS would rather have OpenCV, and says so each time
     try:
-        with _reading(set_path, split):
-            source = tfds.builder_from_directory(set_path).as_data_source(split)
+        with reading(set_path, split):
+            source = tfds.builder_from_directory(set_path).as_data_source(split, **options)
             source[0]
     finally:
         logging.set_verbosity(verbosity)
     return source
 
 
+def open_records(set_path: Path, split: str) -> Any:
+    """The examples of a named split, by index, as they are stored: serialised `tf.train.Example`s."""
+    from tensorflow_datasets.core.decode import DeserializeMethod
+
+    source = open_source(set_path, split, deserialize_method=DeserializeMethod.RAW_BYTES)
+    if not isinstance(source[0], bytes):
+        raise UserError(
+            f'{set_path}: {split!r} is not stored as ArrayRecord, from which alone single images are read '
+            '(config.image_size): prepare the set again, or set config.image_size=0'
+        )
+    return source
+
+
 @contextlib.contextmanager
-def _reading(set_path: Path, split: str) -> Iterator[None]:
+def reading(set_path: Path, split: str) -> Iterator[None]:
     """Tells the user of damaged records, for which TFDS and its readers raise many kinds of errors."""
     try:
         yield

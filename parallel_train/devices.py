@@ -22,7 +22,7 @@ import numpy as np
 
 from parallel_train import examples, machine, processes
 from parallel_train.batches import gather
-from parallel_train.config import RUN_FIELDS
+from parallel_train.config_fields import RUN_FIELDS
 from parallel_train.dataset import Sizes, Split
 from parallel_train.errors import UserError
 from parallel_train.files import write_atomically

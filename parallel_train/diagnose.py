@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallel_train import order
-from parallel_train.dataset import Split
+from parallel_train.dataset import AnySplit
 from parallel_train.forward import Batch, Forward, make_forward
 from parallel_train.plan import Plan
 from parallel_train.shards import sums_of_shards, take_shards
@@ -23,7 +23,7 @@ from parallel_train.state import TrainState
 _EXAMPLES_NAMED = 8
 
 
-def diagnose(state: TrainState, config: Any, plan: Plan, split: Split) -> str:
+def diagnose(state: TrainState, config: Any, plan: Plan, split: AnySplit) -> str:
     """Says which step, which of its examples and which tensor first was not finite.
 
     Args:
@@ -42,7 +42,8 @@ def diagnose(state: TrainState, config: Any, plan: Plan, split: Split) -> str:
         return f'{where}: {before} is not finite before it'
     suspects, tensor = [], ''
     for shard, mine in enumerate(examples.reshape(plan.shards, -1)):
-        data = {'image': split.images[mine], 'label': split.labels[mine], 'index': mine}
+        images, labels = split.read(mine, epoch)
+        data = {'image': images, 'label': labels, 'index': mine}
         bad, rows = _look_at(state, config, plan, {k: jnp.asarray(v) for k, v in data.items()}, shard)
         if bad:
             tensor = tensor or bad

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from parallel_train import batches, order
-from parallel_train.dataset import Split
+from parallel_train.dataset import AnySplit, Split
 from parallel_train.mesh import put_whole
 from parallel_train.state import TrainState
 from parallel_train.step import make_eval_step
@@ -22,16 +22,16 @@ _IN_FLIGHT = 8
 class Evaluator:
     """Evaluates states on one split, compiled and loaded once."""
 
-    def __init__(self, split: Split, config: Any, mesh: Mesh, state: TrainState):
+    def __init__(self, split: AnySplit, config: Any, mesh: Mesh, state: TrainState):
         self._split, self._mesh = split, mesh
         self._step = make_eval_step(config, mesh, state.apply_fn)
         # With 'tree' a batch is `shards` chunks, whatever the number of devices.
         parts = config.shards if config.reduction == 'tree' else mesh.size
         self._indices, self._weights = order.eval_batches(
-            len(split.images), config.eval_batch_size, multiple_of=parts
+            len(split), config.eval_batch_size, multiple_of=parts
         )
         self._data: batches.Data | None = None
-        if batches.resident(split, config.data_placement, mesh):
+        if isinstance(split, Split) and batches.resident(split, config.data_placement, mesh):
             by_batch = batches.specs({'order': None})['order']  # type: ignore[dict-item]
             self._data = {
                 'images': put_whole(mesh, split.images),
@@ -59,7 +59,7 @@ class Evaluator:
         fetched = jax.device_get(sums)
         total = {name: float(np.sum(np.array([s[name] for s in fetched], np.float64))) for name in sums[0]}
         num_examples = round(total['examples'])
-        assert num_examples == len(self._split.images), (num_examples, len(self._split.images))
+        assert num_examples == len(self._split), (num_examples, len(self._split))
         return {
             'loss': total['loss'] / total['weight'],
             'accuracy': total['correct'] / total['weight'],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from parallel_train import augment
 from parallel_train.clock import Clock
-from parallel_train.dataset import Split
+from parallel_train.dataset import AnySplit
 from parallel_train.examples import is_tokens, unit_of
 from parallel_train.machine import environment
 from parallel_train.metrics import Row, read_rows
@@ -23,7 +24,8 @@ from parallel_train.recorder import Recorder
 from parallel_train.report import Samples, Summary, write_report
 from parallel_train.state import TrainState, create_model, eval_flags
 
-_SAMPLES_FROM = 500  # examples of the eval split that the samples are picked from
+_SAMPLES_FROM = 500  # examples of the eval split that the samples are picked from; fewer, where they are
+_PIXELS = 2**23  # more than so many pixels
 _SAMPLES, _WRONG = 24, 8
 
 
@@ -33,7 +35,7 @@ def finish(
     plan: Plan,
     rows: list[Row],
     state: TrainState,
-    eval_split: Split,
+    eval_split: AnySplit,
     clock: Clock,
     recorder: Recorder,
 ) -> None:
@@ -96,17 +98,19 @@ def command() -> str:
     return shlex.join(['python', '-m', 'parallel_train', *sys.argv[1:]])
 
 
-def _samples(config: Any, state: TrainState, split: Split) -> Samples | None:
+def _samples(config: Any, state: TrainState, split: AnySplit) -> Samples | None:
     """Picks test images with predictions: up to `_WRONG` wrong ones, the others as they come."""
     if is_tokens(config.input_shape):
         return None
-    images = np.asarray(split.images[:_SAMPLES_FROM])
-    labels = np.asarray(split.labels[:_SAMPLES_FROM])
+    count = min(_SAMPLES_FROM, len(split), max(_SAMPLES, _PIXELS // math.prod(split.image_shape)))
+    images, labels = split.read(np.arange(count))
     model, one = create_model(config), jax.devices()[0]
     variables = jax.device_put(jax.device_get(state.evaluated()), one)
 
     def probabilities_of(variables: Any, images: jax.Array) -> jax.Array:
-        logits: Any = model.apply(variables, augment.normalise(images), **eval_flags(model))
+        logits: Any = model.apply(
+            variables, augment.normalise(images, config.pixel_mean, config.pixel_std), **eval_flags(model)
+        )
         return jax.nn.softmax(logits)
 
     probabilities = np.asarray(jax.jit(probabilities_of)(variables, images))

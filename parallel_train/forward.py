@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from parallel_train import batch_norm
+from parallel_train import batch_norm, config_fields
 from parallel_train import config as config_lib
 from parallel_train.errors import UserError
 from parallel_train.examples import is_tokens, kind
@@ -30,6 +30,7 @@ class Forward:
     passes_train: bool
     norm_over_batch: bool  # BatchNorm over the global batch; needs the axes of the train step
     label_smoothing: float = 0.0  # passed to the loss in training, unless it is 0
+    pixels: tuple[Sequence[float], Sequence[float]] = ((), ())  # mean and standard deviation
 
     def __call__(
         self, params: Any, batch_stats: Any, batch: Batch, train: bool, dropout_key: Any = None
@@ -77,9 +78,14 @@ class Forward:
 
 def make_forward(config: Any, apply_fn: Callable[..., Any], alone: bool = False) -> Forward:
     """Returns the config's model and loss; `alone`: of one shard by itself, outside a train step."""
-    over_batch = config.batch_norm == 'global' and not alone
-    passes_train = takes_train(create_model(config))
-    return Forward(apply_fn, import_loss(config), passes_train, over_batch, config.label_smoothing)
+    return Forward(
+        apply_fn,
+        import_loss(config),
+        takes_train(create_model(config)),
+        norm_over_batch=config.batch_norm == 'global' and not alone,
+        label_smoothing=config.label_smoothing,
+        pixels=(config.pixel_mean, config.pixel_std),
+    )
 
 
 def check_model_and_loss(config: Any) -> None:
@@ -166,7 +172,7 @@ def import_loss(config: Any) -> Loss:
     Raises:
       UserError: it cannot be imported, or is to smooth labels and cannot.
     """
-    loss = config_lib.import_object('loss', config_lib.BUILT_IN_LOSSES.get(config.loss, config.loss))
+    loss = config_lib.import_object('loss', config_fields.BUILT_IN_LOSSES.get(config.loss, config.loss))
     if config.label_smoothing and 'label_smoothing' not in inspect.signature(loss).parameters:
         raise UserError(
             f'config.label_smoothing={config.label_smoothing:g}: config.loss={config.loss!r} takes no '

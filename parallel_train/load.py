@@ -28,7 +28,8 @@ def load_model(
 
     Returns:
       The Linen module, and its variables ('params', and 'batch_stats' if it has any) on the first
-      device. Images are float32 in [0, 1], [batch, height, width, channels]; tokens int32 [batch, length].
+      device. Images are float32 in [0, 1], [batch, height, width, channels]; of a run with `pixel_mean` or
+      `pixel_std`, minus the one, divided by the other. Tokens are int32 [batch, length].
 
     Raises:
       UserError: the workdir holds no such checkpoint, or a model of its own code.

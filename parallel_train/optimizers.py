@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -27,9 +28,9 @@ def create_optimizer(config: Any, learning_rate_fn: Any) -> optax.GradientTransf
       `trust_coefficient` · ‖w‖ / ‖g + λw‖ and η goes into the momentum.
     - lamb (You et al. 2020, algorithm 2): u = Adam's direction + λw, times ‖w‖ / ‖u‖ and η.
     - lion (Chen et al. 2023, program 1): the sign of a mean of g and momentum, + λw, times η.
-    - muon (Jordan et al. 2024): the momentum of each matrix made orthogonal, scaled by 0.2·√(longer side) so
-      that rates made for AdamW fit (Liu et al. 2025); + λw, times η. What is no matrix (norms, biases, tables
-      of embeddings) gets Adam's direction. (Its authors leave the last layer to Adam too.)
+    - muon (Jordan et al. 2024): the momentum of each array that Flax names `kernel`, made orthogonal and
+      scaled by 0.2·√(longer side) so that rates made for AdamW fit (Liu et al. 2025); + λw, times η. All else
+      (norms, biases, embeddings) gets Adam's direction. (Its authors leave the last layer to Adam too.)
 
     λ is 0 for norms and biases unless `decay_norm_and_bias`; LARS and LAMB never scale theirs.
     """
@@ -76,30 +77,48 @@ def _update_rule(config: Any, rate: Any) -> optax.GradientTransformation:
             optax.scale_by_learning_rate(rate),
         )
     if name == 'muon':
-        direction = optax.contrib.muon(
-            1.0, beta=momentum, eps=epsilon, adam_b2=beta2, consistent_rms=_MUON_RMS,
-            muon_weight_dimension_numbers=_matrices,
-        )  # fmt: skip
-        # It is negative already. The decay comes here, where it knows norms and biases from the rest.
+        # `optax.contrib.muon`, but with plain Adam, and one decay for all.
+        orthogonal = optax.contrib.scale_by_muon(
+            beta=momentum, eps=epsilon, weight_dimension_numbers=_axes_of_matrices
+        )
         return optax.chain(
-            direction,
-            optax.add_decayed_weights(-decay, decayed),
-            optax.scale_by_learning_rate(rate, flip_sign=False),
+            optax.partition(
+                {
+                    'matrix': optax.chain(orthogonal, optax.stateless(_scaled_by_shape)),
+                    'other': optax.scale_by_adam(0.9, beta2, epsilon),
+                },
+                lambda params: jax.tree.map_with_path(
+                    lambda path, x: 'matrix' if _is_matrix(path, x) else 'other', params
+                ),
+            ),
+            optax.add_decayed_weights(decay, decayed),
+            optax.scale_by_learning_rate(rate),
         )
     assert name == 'sgd', name
     sgd = optax.sgd(rate, momentum, nesterov=config.nesterov)
     return optax.chain(optax.add_decayed_weights(decay, decayed), sgd) if decay else sgd
 
 
-def _matrices(params: Any) -> Any:
-    """Returns which axes of each array are a matrix's inputs and outputs, None for what is no matrix."""
+def _is_matrix(path: Any, x: jax.Array) -> bool:
+    return x.ndim > 1 and _names(path)[-1] == 'kernel'
 
-    def axes(path: Any, x: jax.Array) -> Any:
-        *_, module, name = ['', *_names(path)]
-        if not _is_kernel(path, x) or name == 'embedding':
-            return None
-        # Flax's kernels have the outputs last, one axis but for queries, keys and values: heads × features.
-        inputs = 1 if module in ('query', 'key', 'value') else x.ndim - 1
-        return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, x.ndim)))
 
-    return jax.tree.map_with_path(axes, params)
+def _axes(path: Any, x: jax.Array) -> Any:
+    """Returns which axes of a kernel are the inputs of its matrix, and which the outputs."""
+    # Flax's kernels have the outputs last, one axis but for queries, keys and values: heads × features.
+    inputs = 1 if _names(path)[-2] in ('query', 'key', 'value') else x.ndim - 1
+    return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, x.ndim)))
+
+
+def _axes_of_matrices(params: Any) -> Any:
+    return jax.tree.map_with_path(_axes, params)
+
+
+def _scaled_by_shape(updates: Any, _: Any) -> Any:
+    """Gives orthogonal matrices the RMS of Adam's updates: times 0.2 · √(longer side)."""
+
+    def scaled(path: Any, x: jax.Array) -> jax.Array:
+        inputs = math.prod(x.shape[axis] for axis in _axes(path, x).reduction_axis)
+        return x * (_MUON_RMS * math.sqrt(max(inputs, x.size // inputs)))
+
+    return jax.tree.map_with_path(scaled, updates)

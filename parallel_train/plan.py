@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from parallel_train import config as config_lib
+from parallel_train import config_fields
 from parallel_train.errors import UserError
 from parallel_train.pieces import Piece
 from parallel_train.schedule import READS, epochs_to_steps, rate_at, schedule_pieces, snapshot_steps
@@ -193,10 +194,10 @@ def _decay_length(pieces: tuple[Piece, ...]) -> float:
 
 
 def _check_countable(field: str, epochs: float, steps: float, steps_per_epoch: int) -> None:
-    if steps > config_lib.MAX_STEPS:
+    if steps > config_fields.MAX_STEPS:
         raise UserError(
-            f'config.{field}={epochs:g}: is more steps than can be counted, {config_lib.MAX_STEPS}; with '
-            f'{steps_per_epoch} steps an epoch, use at most {config_lib.MAX_STEPS // steps_per_epoch}'
+            f'config.{field}={epochs:g}: is more steps than can be counted, {config_fields.MAX_STEPS}; with '
+            f'{steps_per_epoch} steps an epoch, use at most {config_fields.MAX_STEPS // steps_per_epoch}'
         )
 
 

@@ -18,6 +18,7 @@ from parallel_train import workdir as workdir_lib
 from parallel_train.augment import check_augmentation
 from parallel_train.forward import check_model_and_loss
 from parallel_train.plan import make_plan
+from parallel_train.stream import StreamedSplit
 
 _SAMPLED = 64  # images whose pixels are compared between processes
 
@@ -28,8 +29,8 @@ class Job:
 
     config: Any
     sizes: dataset.Sizes
-    train_split: dataset.Split
-    eval_split: dataset.Split
+    train_split: dataset.AnySplit
+    eval_split: dataset.AnySplit
     devices: int | None
 
 
@@ -49,8 +50,8 @@ def check_job(
     workdir_lib.check(workdir, config, allow_plan_change)
     if devices is not None:
         make_plan(config, sizes.num_train_examples, sizes.num_eval_examples, devices, processes.count())
-    train_split = dataset.load_split(config.dataset, config.train_split, data_dir)
-    eval_split = dataset.load_split(config.dataset, config.eval_split, data_dir)
+    train_split = dataset.open_split(config, config.train_split, data_dir, training=True)
+    eval_split = dataset.open_split(config, config.eval_split, data_dir)
     return Job(config, sizes, train_split, eval_split, devices)
 
 
@@ -79,8 +80,10 @@ def code_version() -> str:
     return code.hexdigest()[:12]
 
 
-def _digest(split: dataset.Split) -> str:
+def _digest(split: dataset.AnySplit) -> str:
     """Tells splits apart without reading all of them: their sizes, all labels, some images."""
+    if isinstance(split, StreamedSplit):
+        return split.digest()
     some = np.linspace(0, len(split.images) - 1, _SAMPLED).astype(int)
     pixels = np.ascontiguousarray(split.images[some])
     labels = np.ascontiguousarray(split.labels)

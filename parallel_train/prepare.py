@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from parallel_train import debian, idx
-from parallel_train.dataset import check_known, is_import_path, tfds_builder
+from parallel_train import debian, folder, idx
+from parallel_train.dataset import is_import_path
 from parallel_train.errors import UserError
 from parallel_train.files import check_room, check_writable, exclusive, sync
+from parallel_train.known_sets import check_known, tfds_builder
 from parallel_train.paths import is_remote
 from parallel_train.prepared import CHECKSUMS, Prepared, find_prepared, parse_name
+from parallel_train.tfds_store import store_folder, store_idx
 
 # The sets that are published as four IDX files; TFDS builds all of them with one class.
 IDX_NAMES = ('fashion_mnist', 'mnist', 'kmnist')
@@ -32,8 +32,16 @@ SYSTEM_FOLDER = Path('/usr/share/datasets/fashion-mnist')
 DEBIAN_PACKAGE = 'dataset-fashion-mnist'
 _PROBE_TIMEOUT = 10  # seconds
 
+Files = idx.IdxSet | folder.ImageFolder
 
-def prepare(name: str, data_dir: Path, source: Path | None = None, say: Callable[[str], None] = print) -> str:
+
+def prepare(
+    name: str,
+    data_dir: Path,
+    source: Path | None = None,
+    say: Callable[[str], None] = print,
+    splits: Sequence[str] = (),
+) -> str:
     """Puts a dataset into `data_dir`, unless it is there; says, and returns, where it came from.
 
     The set appears in one rename of a finished folder: a process killed before leaves only a hidden
@@ -42,30 +50,36 @@ def prepare(name: str, data_dir: Path, source: Path | None = None, say: Callable
     Args:
       name: a TFDS name, `name[/config]`; an import path needs no preparation.
       data_dir: TFDS's data directory; made if need be.
-      source: a folder of IDX files (`--from`), which then is the only source.
+      source: a folder of IDX files or of images (`--from`), which then is the only source.
       say: gets progress and result, a line at a time.
+      splits: TFDS splits, slices too, that a folder of images must have.
 
     Raises:
-      UserError: unknown name, not an image-classification set, IDX files that are not right or not
+      UserError: unknown name, not an image-classification set, files that are not right or not
         those that the set was prepared from, a `data_dir` that cannot be written, or no source that
         has the set; then it lists every source tried and why it failed.
     """
     if is_import_path(name):
         if source is not None:
-            raise _not_of_idx_files(name, source)
+            raise UserError(
+                f'--from={source}: dataset={name!r} is made by a function of its own: leave out --from'
+            )
         message = 'is made by a function of its own: nothing to prepare'
     elif found := find_prepared(name, data_dir):
         message = f'already prepared in {found.path}'
         if source is not None:
-            message += _compare(found, source, _load_given(name, source))
+            message += _compare(found, source, _load_given(name, source, splits))
     else:
-        message = _obtain(name, data_dir, source, say)
+        message = _obtain(name, data_dir, source, say, splits)
     say(f'{name}: {message}')
     return message
 
 
-def _obtain(name: str, data_dir: Path, source: Path | None, say: Callable[[str], None]) -> str:
-    check_known(name)
+def _obtain(
+    name: str, data_dir: Path, source: Path | None, say: Callable[[str], None], splits: Sequence[str]
+) -> str:
+    if source is None or name in IDX_NAMES:
+        check_known(name)
     if is_remote(data_dir):
         raise UserError(
             f'data_dir={str(data_dir)!r}: {name} is not there, and is not prepared in a store: run '
@@ -73,7 +87,7 @@ def _obtain(name: str, data_dir: Path, source: Path | None, say: Callable[[str],
         )
     check_writable('data_dir', data_dir)  # before anything is fetched
     tried: list[str] = []
-    files = _find_idx(name, source, tried, say)
+    files = _load_given(name, source, splits) if source else _find_idx(name, tried, say)
     data_dir_is_new = not data_dir.exists()
     prefix = f'.preparing-{parse_name(name)[0]}'
     try:
@@ -87,11 +101,12 @@ def _obtain(name: str, data_dir: Path, source: Path | None, say: Callable[[str],
             part = Path(tempfile.mkdtemp(prefix=f'{prefix}-', suffix='.part', dir=data_dir))
             try:
                 if files is not None:
-                    # As PNG it takes a little less.
-                    raw = sum(images.nbytes for images, _ in files.splits.values())
-                    check_room(f'storing {name}', data_dir, raw)
+                    check_room(f'storing {name}', data_dir, _needed(files))
                     say(f'{name}: storing {files.source} as a TFDS set')
-                    _store_idx(name, files, part)
+                    if isinstance(files, idx.IdxSet):
+                        store_idx(name, files, part)
+                    else:
+                        store_folder(name, files, part)
                 else:
                     _download_tfds(name, part, data_dir, tried, say)
                 path = _publish(name, part, data_dir)
@@ -105,12 +120,15 @@ def _obtain(name: str, data_dir: Path, source: Path | None, say: Callable[[str],
     return f'prepared in {path}, from {files.source if files else "the download of TFDS"}'
 
 
-def _find_idx(
-    name: str, source: Path | None, tried: list[str], say: Callable[[str], None]
-) -> idx.IdxSet | None:
+def _needed(files: Files) -> int:
+    """Bytes on the disk while a set is written, at most."""
+    if isinstance(files, folder.ImageFolder):
+        return 2 * files.num_bytes  # TFDS sorts the records by their keys on the disk
+    return sum(images.nbytes for images, _ in files.splits.values())  # as PNG a little less
+
+
+def _find_idx(name: str, tried: list[str], say: Callable[[str], None]) -> idx.IdxSet | None:
     """The IDX files of the first source that has them; notes in `tried` why the others did not."""
-    if source is not None:
-        return _load_given(name, source)
     if name != 'fashion_mnist':
         if name in IDX_NAMES:
             tried.append('IDX files: no --from=DIR was given')
@@ -122,10 +140,18 @@ def _find_idx(
     return files
 
 
-def _load_given(name: str, source: Path) -> idx.IdxSet:
-    """The IDX files of `--from`."""
+def _load_given(name: str, source: Path, splits: Sequence[str]) -> Files:
+    """What `--from` holds: the IDX files of a set that is published so, else images in folders."""
     if name not in IDX_NAMES:
-        raise _not_of_idx_files(name, source)
+        images = folder.load(source)
+        for split in (re.split(r'[\[+]', split)[0] for split in splits):
+            if split not in images.splits:
+                raise UserError(
+                    f'--from={source} has no images for the split {split!r}, only for '
+                    f'{", ".join(images.splits)}: set config.train_split and config.eval_split to these, or '
+                    "to parts of one, such as 'train[90%:]'"
+                )
+        return images
     if not source.is_dir():
         raise UserError(f'--from={source} is not a folder')
     files = idx.load(source)
@@ -138,14 +164,7 @@ def _load_given(name: str, source: Path) -> idx.IdxSet:
     return files
 
 
-def _not_of_idx_files(name: str, source: Path) -> UserError:
-    return UserError(
-        f'--from={source} is for sets of IDX files ({", ".join(IDX_NAMES)}), '
-        f'and dataset={name!r} is none: leave out --from'
-    )
-
-
-def _compare(found: Prepared, source: Path, files: idx.IdxSet) -> str:
+def _compare(found: Prepared, source: Path, files: Files) -> str:
     """Says how a set that is there and the files of `--from` go together; refuses other files."""
     try:
         recorded = json.loads((found.path / CHECKSUMS).read_text())['sha256']
@@ -173,50 +192,6 @@ def _fetch_debian_package(tried: list[str], say: Callable[[str], None]) -> idx.I
         tried.append(f'{label}: it holds no IDX files')
         return None
     return dataclasses.replace(files, source=label)
-
-
-def _store_idx(name: str, files: idx.IdxSet, folder: Path) -> None:
-    """Writes IDX arrays as the set that TFDS's own builder of that name would write."""
-    import tensorflow_datasets as tfds
-
-    with tempfile.TemporaryDirectory() as nowhere:
-        standard: Any = type(tfds_builder(name, Path(nowhere))[0])
-
-    # The real builder, with its version, features, class names and description, but our examples.
-    class Builder(standard, skip_registration=True):  # type: ignore[call-arg]
-        __module__ = standard.__module__
-
-        def _split_generators(self, manager: Any) -> dict[str, Iterator[Any]]:
-            return {split: _examples(*arrays) for split, arrays in files.splits.items()}
-
-    Builder.name = name
-    builder = Builder(data_dir=folder)
-    expected = builder.info.features['image'].shape
-    actual = (*files.splits['train'][0].shape[1:], 1)
-    if actual != expected:
-        raise UserError(
-            f'{files.source} hold images of {actual[0]}x{actual[1]} pixels; those of {name} have '
-            f'{expected[0]}x{expected[1]}'
-        )
-    # TFDS would announce a download, and draw a bar for each of its stages.
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(file_format='array_record')
-    finally:
-        tfds.enable_progress_bar()
-    record = {'source': files.source, 'sha256': files.sha256}
-    (Path(builder.data_dir) / CHECKSUMS).write_text(json.dumps(record, indent=2) + '\n')
-
-
-def _examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-    from PIL import Image
-
-    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        png = io.BytesIO()  # given an array, TFDS would import TensorFlow to encode it
-        Image.fromarray(image).save(png, 'png')
-        png.seek(0)
-        yield index, {'image': png, 'label': int(label)}
 
 
 def _download_tfds(

@@ -21,7 +21,7 @@ from parallel_train.errors import UserError
 from parallel_train.fetched import fetch
 from parallel_train.paths import is_remote
 
-CHECKSUMS = 'idx_checksums.json'  # of the IDX files that a set was prepared from
+CHECKSUMS = 'idx_checksums.json'  # of the files that a set was prepared from, IDX or others
 # The forms that TFDS reads by index.
 READABLE_FORMATS = ('array_record', 'parquet')
 _NAME = re.compile(r'(?P<name>\w+)(/(?P<config>[\w+\-][\w+\-.]*))?(:(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?$')

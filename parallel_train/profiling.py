@@ -103,6 +103,8 @@ class Profiler:
             whose = f' of process {process}' if len(self._found) > 1 else ''
             text = found.text() if found else 'the trace holds no operations of devices'
             say(f'profile{whose}: {text}')
+        if any(self._found) and jax.default_backend() == 'cpu':
+            say('  (CPU devices share cores: an operation lasts while its thread waits for one, too)')
         if self._found:
             say(f'trace: {self._session().resolve()}')
 

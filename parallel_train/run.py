@@ -37,7 +37,7 @@ class Run:
     config: Any
     plan: Plan
     clock: Clock
-    train_split: dataset.Split
+    train_split: dataset.AnySplit
     feed: ResidentFeed | HostFeed
     evaluator: Evaluator
     recorder: Recorder

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from parallel_train.drawing import LIGHT, frame, legend
+from parallel_train.drawing import LIGHT, frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,9 +20,9 @@ def speed_figure(rows: Sequence[Row], mode: str) -> Figure:
     """Images/s over devices, both axes logarithmic: measured with quartiles, predicted, and the ideal."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-    figure, axes = frame(f'{mode.capitalize()} scaling, images/s')
+    figure, axes = frame(f'{mode.capitalize()} scaling: images/s')
     axes.set_xscale('log', base=2)
-    axes.set_yscale('log', base=2)
+    axes.set_yscale('log')
     first = rows[0]
     devices = sorted({row['num_devices'] for row in rows})
     per_device = first['examples_per_second'] / first['num_devices']
@@ -39,12 +40,12 @@ def speed_figure(rows: Sequence[Row], mode: str) -> Figure:
     )  # fmt: skip
     axes.xaxis.set_major_locator(FixedLocator(devices))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(base=2))
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}'))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}'))
     axes.set_xlabel('devices', fontsize=11, color=LIGHT['muted'])
-    legend(axes)
+    _legend(axes, 'upper left')
     return figure
 
 
@@ -63,16 +64,30 @@ def _measured(axes: Axes, rows: Sequence[Row], marker: str, name: str, filled: b
 
 
 def losses_figure(rows: Sequence[Row]) -> Figure:
-    """The losses of strong scaling's first steps, one line a size, drawn over one another."""
-    figure, axes = frame('Losses of the first steps')
-    steps = range(1, len(rows[0]['losses']) + 1)
-    # The widest lies lowest, so that one can see how many there are where they coincide.
-    for i, row in enumerate(rows):
-        shade = 1 - 0.7 * i / max(len(rows) - 1, 1)
-        name = f'{row["num_devices"]}' + (f'/{row["num_processes"]}' if row['num_processes'] > 1 else '')
-        width = 1.4 + 1.6 * (len(rows) - 1 - i)
-        axes.plot(steps, row['losses'], color=LIGHT['train'], alpha=shade, linewidth=width, label=name)
+    """The losses of strong scaling's first steps, and beneath how far each size's are from the smallest's.
+
+    On a logarithmic axis: sizes without a difference have no line there.
+    """
+    figure, axes = frame('Loss, and by how much it differs')
+    axes.set_yscale('log')
+    first, *others = rows
+    steps = range(1, len(first['losses']) + 1)
+    axes.plot(steps, first['losses'], color=LIGHT['train'], linewidth=1.8, label='loss')
+    for i, row in enumerate(others):
+        differences = [abs(a - b) or math.nan for a, b in zip(row['losses'], first['losses'], strict=True)]
+        name = f'{row["num_devices"]} devices'
+        if row['num_processes'] > 1:
+            name = f'{row["num_devices"]} in {row["num_processes"]} processes'
+        style: dict[str, Any] = {'markersize': 3.5, 'linewidth': 0.8, 'alpha': 1 - 0.6 * i / len(others)}
+        marker = f'-{_MARKERS[i % len(_MARKERS)]}'
+        axes.plot(steps, differences, marker, color=LIGHT['eval'], label=name, **style)
     axes.set_xlabel('step', fontsize=11, color=LIGHT['muted'])
-    place: dict[str, Any] = {'loc': 'upper right', 'frameon': False, 'fontsize': 11}
-    axes.legend(title='devices', title_fontsize=11, labelcolor=LIGHT['ink'], **place)
+    axes.minorticks_off()
+    _legend(axes, 'upper right', anchor=(1.0, 0.85), ncols=2)
     return figure
+
+
+def _legend(axes: Axes, place: str, anchor: tuple[float, float] | None = None, ncols: int = 1) -> None:
+    style: dict[str, Any] = {'frameon': False, 'fontsize': 11, 'labelcolor': LIGHT['ink']}
+    style |= {'loc': place, 'bbox_to_anchor': anchor, 'ncols': ncols, 'handlelength': 1.6}
+    axes.legend(**style)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from parallel_train.config import nearest
+from parallel_train.config_fields import nearest
 from parallel_train.dataset import Sizes
 from parallel_train.errors import UserError
 from parallel_train.plan import make_plan

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from parallel_train import config as config_lib
-from parallel_train.config import SCHEDULES
+from parallel_train.config_fields import SCHEDULES
 from parallel_train.errors import UserError
 from parallel_train.pieces import Piece, in_optax
 

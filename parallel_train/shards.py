@@ -7,6 +7,7 @@ computed does not depend on the number of devices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -92,18 +93,19 @@ def eval_sums(forward: Forward, params: Any, batch_stats: Any, batch: Batch) -> 
 
     'loss' (losses × weights), 'correct', 'weight', and 'examples', how many are not padding.
     """
-    loss, sums, _ = forward(params, batch_stats, _as_model_takes(batch), train=False)
+    loss, sums, _ = forward(params, batch_stats, _as_model_takes(batch, *forward.pixels), train=False)
     return {'loss': loss, 'examples': jnp.sum(batch['weight']), **sums}
 
 
 def _prepare(batch: Batch, config: Any, key: jax.Array, epoch: jax.Array) -> Batch:
     """Returns the batch as the model and the loss take it, images augmented."""
     images = augment.augment(batch['image'], key, epoch, batch['index'], config)
-    return _as_model_takes({'image': images, 'label': batch['label']})
+    taken = {'image': images, 'label': batch['label']}
+    return _as_model_takes(taken, config.pixel_mean, config.pixel_std)
 
 
-def _as_model_takes(batch: Batch) -> Batch:
-    """Returns the batch with images as float32 in [0, 1], or with tokens as int32."""
+def _as_model_takes(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Batch:
+    """Returns the batch with images as float32, normalised, or with tokens as int32."""
     if batch['image'].ndim > 2:
-        return {**batch, 'image': augment.normalise(batch['image'])}
+        return {**batch, 'image': augment.normalise(batch['image'], mean, std)}
     return {**batch, 'image': batch['image'].astype(jnp.int32), 'label': batch['label'].astype(jnp.int32)}

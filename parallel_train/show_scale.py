@@ -102,7 +102,8 @@ _SPEED: Columns = {
     'images/s': _with_quartiles('examples_per_second', ',.0f'),
     'step': _milliseconds,
     '× smallest': _with_quartiles('speedup', '.2f'),
-    'efficiency': _with_quartiles('efficiency', '.1%'),
+    'efficiency': _or_dash('efficiency', '.1%'),
+    'predicted': _or_dash('predicted_efficiency', '.1%'),
 }
 _PARTS: dict[str, Any] = {
     **_SIZE,

@@ -16,6 +16,7 @@ from flax.training import train_state
 from jax.sharding import Mesh
 
 from parallel_train import config as config_lib
+from parallel_train import config_fields
 from parallel_train.errors import UserError
 from parallel_train.examples import is_tokens, kind
 from parallel_train.mesh import replicated
@@ -62,7 +63,7 @@ def create_model(config: Any) -> nn.Module:
     Raises:
       UserError: it cannot be imported, or gives no Linen module.
     """
-    path = config_lib.BUILT_IN_MODELS.get(config.model, config.model)
+    path = config_fields.BUILT_IN_MODELS.get(config.model, config.model)
     factory = config_lib.import_object('model', path)
     if not callable(factory):
         raise UserError(f'config.model={config.model!r}: must name a Linen module class')

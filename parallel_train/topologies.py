@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 
-from parallel_train.config import nearest
+from parallel_train.config_fields import nearest
 from parallel_train.errors import UserError
 
 GIB = 2**30

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel_train import config as config_lib
-from parallel_train import lease, processes
+from parallel_train import config_fields, lease, processes
 from parallel_train.errors import UserError
 from parallel_train.files import check_writable, lock, write_atomically
 from parallel_train.machine import BITS_DEPEND_ON
@@ -123,7 +123,7 @@ def check(workdir: Path, config: Any, allow_plan_change: bool) -> None:
             )
         return
     old, new = (json.loads(config_lib.to_json(c)) for c in (there, config))
-    _refuse_differences(workdir, old, new, config_lib.RUN_FIELDS, 'config.', allow_plan_change)
+    _refuse_differences(workdir, old, new, config_fields.RUN_FIELDS, 'config.', allow_plan_change)
 
 
 def check_plan(workdir: Path, config: Any, plan: Plan, allow_plan_change: bool) -> None:

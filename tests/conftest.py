@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.pictures import write_folder
 from tests.test_idx import NAMES, idx_bytes, write_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,6 +101,22 @@ NOT_A_MODEL = 3
 """
 
 
+# Of pictures that differ in size, with all that is random about them.
+IMAGE_RECIPE = """
+config.dataset = 'pictures'
+config.eval_split = 'validation'
+config.image_size = 32
+config.random_resized_crop = True
+config.random_flip = True
+config.pixel_mean = (0.5, 0.5, 0.5)
+config.pixel_std = (0.25,)
+config.batch_size = 16
+config.eval_batch_size = 8
+config.num_epochs = 6.0
+config.learning_rate = 0.05
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     code: int
@@ -120,6 +137,14 @@ class Job:
 
     def train(self, workdir: Path | str, *more: str, devices: int = 2) -> list[str]:
         return self.line('train', f'--workdir={workdir}', f'--devices={devices}', *more)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageJob(Job):
+    """A recipe on a set of JPEG files of several sizes; one in train and one in val are cut off."""
+
+    source: Path
+    said: str  # by `prepare`
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -311,3 +336,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, job: Job) -> Path:
     (workdir.parent / 'stdout').write_text(result.stdout)
     (workdir.parent / 'stderr').write_text(result.stderr)
     return workdir
+
+
+@pytest.fixture(scope='session')
+def image_job(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> ImageJob:
+    """Pictures in folders, prepared by the command: 73 to train on and 13 to evaluate on."""
+    folder = tmp_path_factory.mktemp('pictures')
+    source = write_folder(folder / 'images', train=24, val=4)
+    job = make_tiny_job(folder, folder / 'data', models_dir, IMAGE_RECIPE)
+    said = run_ok(*job.line('prepare', f'--from={source}'), env=job.env).stdout
+    return ImageJob(job.recipe, job.data_dir, job.env, source, said)

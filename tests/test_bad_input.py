@@ -87,7 +87,7 @@ FIELDS: dict[str, list[str]] = {
     'learning_rate=fast': ['number'],
     'reference_batch_size=0': ['at least 1'],
     'learning_rate_scaling=linaer': ['none, linear, sqrt', 'mean linear'],
-    'schedule=cosin': ['cosine, steps, constant', 'mean cosine'],
+    'schedule=cosin': ['cosine, cosine_restarts, linear', 'mean cosine'],
     'optimizer=adam': ['sgd, adamw', 'mean adamw'],
     'model=resnet_smal': ['cnn', 'mean resnet_small', 'my_package.my_module:'],
     'loss=softmax_crossentropy': ['mean softmax_cross_entropy'],
@@ -284,7 +284,7 @@ def test_config_file_that_is_not_there(here: Path, recipe: Path) -> None:
 LINES: dict[str, tuple[list[str], list[str]]] = {
     'unknown command': (
         ['trian'],
-        ["'trian'", 'prepare, plan, compile, train, doctor, evaluate', 'mean train'],
+        ["'trian'", 'prepare, plan, compile, scale, train, doctor, evaluate', 'mean train'],
     ),
     'flag first': (['--config=R', 'plan'], ['come first']),
     'unknown flag': (['plan', '--config=R', '--device=4'], ['--device', 'mean devices']),

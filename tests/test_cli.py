@@ -72,8 +72,8 @@ def test_prepare_a_second_time_says_that_it_is_there(job: Job) -> None:
     before = snapshot(job.data_dir)
     result = run_ok(*job.line('prepare'))
     assert 'already prepared' in result.stdout
-    assert re.search(rf'train\D+{TRAIN_EXAMPLES:,} images', result.stdout)
-    assert re.search(rf'test\D+{EVAL_EXAMPLES} images', result.stdout)
+    assert re.search(rf'train\D+{TRAIN_EXAMPLES:,} examples', result.stdout)
+    assert re.search(rf'test\D+{EVAL_EXAMPLES} examples', result.stdout)
     assert snapshot(job.data_dir) == before
 
 

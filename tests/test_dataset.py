@@ -29,6 +29,8 @@ def config(**fields: Any) -> ConfigDict:
         'num_eval_examples': 0,
         'input_shape': (),
         'num_classes': 0,
+        'image_size': 0,
+        'random_resized_crop': False,
     }
     return ConfigDict({**defaults, **fields})
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallel_train import UserError, start_devices
+from parallel_train import UserError, config_fields, start_devices
 from parallel_train import config as config_lib
 from parallel_train.forward import check_model_and_loss
 from parallel_train.models.vit import sin_cos_positions
@@ -39,13 +39,15 @@ def wide_resnet(depth: int, widening: int, classes: int = 10) -> int:
 
 
 # Counts of torchvision (ResNets), of the paper's models for CIFAR-10 (WRN: 36.5 and 8.9 million), of the
-# guide (CNN). ViTs as timm's, without class token (width) and learned positions (197 × width). The
+# guide (CNN), of the layers (`resnet_small`). ViTs as timm's, without class token (width) and learned
+# positions (197 × width). The
 # transformer from its sizes: embedding, positions, four blocks of 12 × width² with 13 × width biases and
 # norms, the last norm.
 SIZES = {
     'cnn': (FASHION, 824_458),
     'fast_net': (FASHION, 867_194),
     'wide_resnet_16_2': (FASHION, 691_386),
+    'resnet_small': (FASHION, 863_986),
     'resnet18': (IMAGENET, 11_689_512),
     'resnet34': (IMAGENET, 21_797_672),
     'resnet50': (IMAGENET, 25_557_032),
@@ -91,7 +93,7 @@ def test_parameter_counts(model: str) -> None:
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('model', config_lib.BUILT_IN_MODELS)
+@pytest.mark.parametrize('model', config_fields.BUILT_IN_MODELS)
 def test_dtype_is_that_of_products_alone(model: str, dtype: str) -> None:
     """Parameters, statistics, gradients and logits are float32; the products are what the config says."""
     config = make_config(model, dtype, data_of(model))

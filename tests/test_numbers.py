@@ -43,13 +43,14 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from parallel_train import config as config_lib
+from parallel_train import config_fields
 
 given = dict(np.load(sys.argv[2]))
 images = given.pop('images').astype(np.float64) / 255
 labels = given.pop('labels')
 variables = unflatten_dict({k: jnp.asarray(v, jnp.float64) for k, v in given.items()}, sep='/')
 params, stats = variables['params'], variables.get('batch_stats', {})
-model = config_lib.import_object('model', config_lib.BUILT_IN_MODELS.get(sys.argv[1], sys.argv[1]))()
+model = config_lib.import_object('model', config_fields.BUILT_IN_MODELS.get(sys.argv[1], sys.argv[1]))()
 
 
 def mean_loss(params):

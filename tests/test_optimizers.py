@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from parallel_train import config as config_lib
-from parallel_train import losses
+from parallel_train import config_fields, losses
 from parallel_train.batches import ResidentFeed
 from parallel_train.checkpoint import open_checkpoints
 from parallel_train.errors import UserError
@@ -25,7 +25,7 @@ from parallel_train.optimizers import create_optimizer, kernels
 from parallel_train.plan import make_plan
 from parallel_train.replicas import digest
 from parallel_train.schedule import create_learning_rate_fn
-from parallel_train.state import abstract_state, create_train_state, init_key, initialise, saved_parts
+from parallel_train.state import abstract_state, initialise, saved_parts
 from parallel_train.step import make_train_step
 from tests.test_step import distance, make_config, make_split
 
@@ -76,9 +76,14 @@ def trained_by_optax(**fields: Any) -> Arrays:
     tx = create_optimizer(config, lambda step: RATE / (step + 1))
     params = as_tree(random_arrays(0))
     state = tx.init(params)
+
+    @jax.jit
+    def update(params: Any, state: Any, gradient: Any) -> Any:
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
     for step in range(STEPS):
-        updates, state = tx.update(as_tree(random_arrays(step + 1)), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = update(params, state, as_tree(random_arrays(step + 1)))
     return as_arrays(params)
 
 
@@ -164,7 +169,7 @@ def assert_close(got: Arrays, want: Arrays, but: float = 1e-5) -> None:
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=but, err_msg=name)
 
 
-@pytest.mark.parametrize('optimizer', config_lib.OPTIMIZERS)
+@pytest.mark.parametrize('optimizer', config_fields.OPTIMIZERS)
 def test_updates_are_those_of_the_formula(optimizer: str) -> None:
     """Norms, biases (also those of two dimensions) are not decayed; with `decay_norm_and_bias` they are."""
     rule, fields = FORMULAS[optimizer]
@@ -218,14 +223,24 @@ def run(config: Any, devices: int, start: Any, steps: range) -> Any:
 
 def options(optimizer: str, **fields: Any) -> Any:
     given = {'weight_decay': 1e-3, 'gradient_clip_norm': 1.0, 'ema_decay': 0.9, 'label_smoothing': 0.1}
-    return make_config('norm_dropout', optimizer=optimizer, warmup_epochs=0.5, **given, **fields)
+    return normed(optimizer=optimizer, warmup_epochs=0.5, **given, **fields)
 
 
-@pytest.mark.parametrize('optimizer', config_lib.OPTIMIZERS)
+def normed(**fields: Any) -> Any:
+    return make_config('linear', model='tests.models_for_tests:DenseNormNet', **fields)
+
+
+@functools.cache
+def ten_steps(optimizer: str) -> Any:
+    """On one device, with `tree`."""
+    return run(options(optimizer, reduction='tree'), 1, None, range(10))
+
+
+@pytest.mark.parametrize('optimizer', config_fields.OPTIMIZERS)
 def test_bits_on_1_2_8_devices_and_through_a_checkpoint(optimizer: str, tmp_path: Path) -> None:
     """Ten steps on one device; five on eight, a checkpoint, five on two: every array is the same."""
     config = options(optimizer, reduction='tree')
-    whole = digest(run(config, 1, None, range(10)))
+    whole = digest(ten_steps(optimizer))
     half = run(config, 8, None, range(5))
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, half, digest(half), None)
@@ -240,30 +255,25 @@ def test_bits_on_1_2_8_devices_and_through_a_checkpoint(optimizer: str, tmp_path
     assert digest(half) != whole  # the comparison can fail
 
 
-@pytest.mark.parametrize('optimizer', config_lib.OPTIMIZERS)
+@pytest.mark.parametrize('optimizer', config_fields.OPTIMIZERS)
 def test_any_devices_train_alike_with_pmean(optimizer: str) -> None:
     config = options(optimizer)
     start = jax.device_get(initialise(config, 0.01, make_mesh(1)))
-    one, four = (jax.device_get(run(config, devices, None, range(4))) for devices in (1, 4))
+    one, four = jax.device_get(ten_steps(optimizer)), jax.device_get(run(config, 4, None, range(10)))
     # Lion takes signs: where a direction is 0 but for rounding, it may turn.
     bound = 3e-2 if optimizer == 'lion' else 1e-3
     assert distance(four.params, one.params, start.params) < bound
     assert distance(four.ema, one.ema, start.ema) < bound
-    assert optimizer == 'lion' or np.isfinite(one.sums['loss'])
+    assert four.sums['loss'] == pytest.approx(one.sums['loss'], rel=bound)
 
 
-@pytest.mark.parametrize('optimizer', config_lib.OPTIMIZERS)
+@pytest.mark.parametrize('optimizer', config_fields.OPTIMIZERS)
 def test_no_two_arrays_of_a_new_state_share_a_buffer(optimizer: str) -> None:
     """A buffer that is donated twice crashes the process."""
-    config = options(optimizer)
-    for state in (initialise(config, 0.1, make_mesh(2)), create_train_state(init_key(config), config, 0.1)):
-        buffers = [
-            shard.data.unsafe_buffer_pointer()
-            for leaf in jax.tree.leaves(saved_parts(state))
-            for shard in leaf.addressable_shards
-            if leaf.size
-        ]
-        assert len(set(buffers)) == len(buffers)
+    state = initialise(options(optimizer), 0.1, make_mesh(2))
+    leaves = jax.tree.leaves(saved_parts(state))
+    buffers = [shard.data.unsafe_buffer_pointer() for leaf in leaves for shard in leaf.addressable_shards]
+    assert len(set(buffers)) == len(buffers) == 2 * len(leaves)
 
 
 # ---------------------------------------------------------------- moving averages
@@ -272,8 +282,14 @@ def test_no_two_arrays_of_a_new_state_share_a_buffer(optimizer: str) -> None:
 def test_moving_average_by_hand() -> None:
     """After update n + 1 it is d·average + (1 - d)·parameters, d = min(ema_decay, (1 + n) / (10 + n))."""
     decay = 0.2  # (1 + n) / (10 + n) is 0.1, 0.18, 0.25, ...
-    config = make_config('norm_dropout', ema_decay=decay, momentum=0.9)
-    states = [jax.device_get(run(config, 2, None, range(n))) for n in range(5)]
+    config, mesh = normed(ema_decay=decay), make_mesh(2)
+    plan = make_plan(config, 96, 96, 2)
+    state, step = initialise(config, 0.1, mesh), make_train_step(config, plan, mesh)
+    feed, states = ResidentFeed(make_split(), config, plan, mesh), [jax.device_get(state)]
+    for i in range(4):
+        state = step(state, feed.at(i))
+        states.append(jax.device_get(state))
+    feed.close()
     average = [{'params': s.params, 'batch_stats': s.batch_stats} for s in states][0]
     for n, state in enumerate(states[1:]):
         d = [0.1, 2 / 11, decay, decay][n]
@@ -285,11 +301,11 @@ def test_moving_average_by_hand() -> None:
 
 
 def test_averages_change_nothing_but_what_is_evaluated() -> None:
-    plain, averaged = (run(make_config('norm_dropout', ema_decay=d), 2, None, range(6)) for d in (0.0, 0.9))
+    plain, averaged = (run(normed(ema_decay=d), 2, None, range(6)) for d in (0.0, 0.9))
     assert plain.ema is None and 'ema' not in saved_parts(plain)
     for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(averaged.params), strict=True):
         np.testing.assert_array_equal(a, b)
-    config, mesh, split = make_config('norm_dropout'), make_mesh(2), make_split()
+    config, mesh, split = normed(), make_mesh(2), make_split()
     evaluator = Evaluator(split, config, mesh, plain)
     by_hand = plain.replace(params=averaged.ema['params'], batch_stats=averaged.ema['batch_stats'])
     assert evaluator(averaged) == evaluator(by_hand) != evaluator(plain)

@@ -191,8 +191,9 @@ def test_empty_splits_do_not_fit() -> None:
 
 def test_every_field_of_the_defaults_is_checked_and_valid() -> None:
     from parallel_train import config as config_lib
+    from parallel_train import config_fields
 
-    assert set(config_lib._CHECKS) == set(default_config())
+    assert set(config_fields.CHECKS) == set(default_config())
     assert json.loads(config_lib.to_json(config_lib.complete(default_config())))
 
 

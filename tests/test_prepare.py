@@ -123,7 +123,7 @@ def test_from_without_idx_files_does_not_fall_through(tmp_path: Path) -> None:
         prepare('fashion_mnist', tmp_path / 'data', tmp_path / 'empty', say=quiet)
     with pytest.raises(UserError, match='is not a folder'):
         prepare('fashion_mnist', tmp_path / 'data', tmp_path / 'nowhere', say=quiet)
-    with pytest.raises(UserError, match='is for sets of IDX files'):
+    with pytest.raises(UserError, match='has no folder train/'):
         prepare('cifar10', tmp_path / 'data', tmp_path / 'empty', say=quiet)
     assert not (tmp_path / 'data').exists()
 
@@ -174,7 +174,7 @@ def test_from_is_read_even_where_the_set_is_there(tmp_path: Path) -> None:
     other = write_set(tmp_path / 'other', train=41)
     with pytest.raises(UserError, match='other files than those .* was prepared from'):
         prepare('mnist', data_dir, other, say=quiet)
-    with pytest.raises(UserError, match='is for sets of IDX files'):
+    with pytest.raises(UserError, match='made by a function of its own'):
         prepare('my.module:load', data_dir, source, say=quiet)
     (data_dir / 'mnist/3.0.1' / CHECKSUMS).unlink()  # as TFDS's own preparation leaves it
     assert 'is not needed' in prepare('mnist', data_dir, other, say=quiet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 from parallel_train.errors import UserError
 from parallel_train.profile_shares import Operation, Shares, covered, read_operations, shares
 from parallel_train.profiling import Profiler, Steps, parse
-from tests.conftest import ROOT, Job, environment, read_rows, run_ok, without_timing
+from tests.conftest import ROOT, environment, read_rows, run_cli, run_ok, without_timing
 from tests.test_scale import things  # noqa: F401, a fixture
 
 # ruff: noqa: F811, the fixture again
@@ -56,6 +57,16 @@ def check_trace(folder: Path, process: int) -> dict[str, Any]:
     return summary
 
 
+def check_xprof_opens(trace: Path) -> None:
+    """What XProf's trace viewer is given holds the exchanges; where XProf is installed."""
+    if importlib.util.find_spec('xprof') is None:
+        return
+    from xprof.convert import raw_to_tool_data
+
+    viewed, _ = raw_to_tool_data.xspace_to_tool_data([str(trace)], 'trace_viewer', {})
+    assert sum('all-reduce' in str(event.get('name')) for event in json.loads(viewed)['traceEvents']) > 0
+
+
 def test_a_trace_of_some_steps_which_changes_no_number(
     things: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
@@ -68,6 +79,7 @@ def test_a_trace_of_some_steps_which_changes_no_number(
     assert found, traced.stdout
     assert float(found[1]) == pytest.approx(100 * summary['compute'], abs=0.06)
     assert str((tmp_path / 'traced' / SESSION).resolve()) in traced.stdout
+    check_xprof_opens(tmp_path / 'traced' / SESSION / 'process_0.xplane.pb')
     rows = [without_timing(read_rows(tmp_path / name)) for name in ('plain', 'traced')]
     assert rows[0] == rows[1]
     digests = [re.search('sha256.*', result.stdout) for result in (plain, traced)]
@@ -82,6 +94,7 @@ def test_a_trace_of_some_steps_which_changes_no_number(
     assert 'already complete' in again.stdout
 
 
+@pytest.mark.slow
 def test_every_process_writes_its_trace(things: Path, tmp_path: Path, env: dict[str, str]) -> None:
     line = train_line(things, tmp_path / 'run', f'--profile_steps={FIRST}:{LAST}')
     local = [
@@ -104,13 +117,16 @@ def test_ranges_that_are_none(text: str) -> None:
         parse(text)
 
 
-@pytest.mark.parametrize('steps', ['10:10', '20:1000'])
-def test_bad_ranges_are_refused(job: Job, tmp_path: Path, steps: str) -> None:
-    from tests.conftest import run_cli
-
-    result = run_cli(*job.train(tmp_path / 'run', f'--profile_steps={steps}'))
+@pytest.mark.parametrize(
+    ('steps', 'shown'), [('10:10', "'10:10'"), ('20:1000', '20:1000: the run has 32 steps')]
+)
+def test_bad_ranges_are_refused(
+    things: Path, tmp_path: Path, env: dict[str, str], steps: str, shown: str
+) -> None:
+    line = train_line(things, tmp_path / 'run', '--devices=2', f'--profile_steps={steps}')
+    result = run_cli(*line, env=env)
     assert result.code == 2, result
-    assert result.stderr.startswith(f'error: profile_steps={steps if steps == "20:1000" else repr(steps)}')
+    assert result.stderr.startswith(f'error: profile_steps={shown}')
     assert not (tmp_path / 'run').exists()
 
 

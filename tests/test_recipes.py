@@ -51,11 +51,11 @@ def test_restarts_come_when_the_paper_has_them(dataset: str) -> None:
     ('name', 'dataset', 'model'),
     [
         # The wide ones with fewer layers and narrow, which compiles in seconds.
-        ('cifar10_wrn28_10', 'cifar10', 'WideResNetShrunk'),
-        ('cifar100_wrn28_10', 'cifar100', 'WideResNetShrunk'),
-        ('cifar10_wrn28_10_sgdr', 'cifar10', 'WideResNetShrunk'),
+        pytest.param('cifar10_wrn28_10', 'cifar10', 'WideResNetShrunk', marks=pytest.mark.slow),
+        pytest.param('cifar100_wrn28_10', 'cifar100', 'WideResNetShrunk', marks=pytest.mark.slow),
+        pytest.param('cifar10_wrn28_10_sgdr', 'cifar10', 'WideResNetShrunk', marks=pytest.mark.slow),
         ('cifar100_wrn28_10_sgdr', 'cifar100', 'WideResNetShrunk'),
-        ('fashion_mnist_wrn', 'noise', 'WideResNetShrunk'),
+        pytest.param('fashion_mnist_wrn', 'noise', 'WideResNetShrunk', marks=pytest.mark.slow),
         ('fashion_mnist_fast', 'noise', ''),
     ],
 )
@@ -69,7 +69,7 @@ def test_recipe_trains(name: str, dataset: str, model: str, tmp_path: Path) -> N
     config.batch_size, config.eval_batch_size = 32, 64
     config.num_epochs = 3 / 8  # 3 steps of 256 examples
     config.log_every_steps = 1
-    if 'restart_epochs' in name or config.schedule == 'cosine_restarts':
+    if config.schedule == 'cosine_restarts':
         config.restart_epochs = 1 / 8
         config.restart_multiplier = 2.0
     train_and_evaluate(config, tmp_path / 'run', devices=min(8, config.shards))

@@ -97,6 +97,7 @@ def strong(things: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return workdir, scaled(things, workdir, '--mode=strong', '--device_counts=1,2', '--processes=1,2')
 
 
+@pytest.mark.slow
 def test_every_size_is_measured(strong: tuple[Path, dict[str, Any]]) -> None:
     workdir, results = strong
     rows = results['measurements']
@@ -113,11 +114,13 @@ def test_every_size_is_measured(strong: tuple[Path, dict[str, Any]]) -> None:
     assert json.loads((workdir / 'scale.json').read_text()) == results
 
 
+@pytest.mark.slow
 def test_a_size_that_waits_for_its_turn_costs_nothing(strong: tuple[Path, dict[str, Any]]) -> None:
     assert all(turn['idle_cpu'] < 0.2 for turn in strong[1]['turns'])
     assert max(row['idle_cpu_fraction'] for row in strong[1]['measurements']) < 0.1
 
 
+@pytest.mark.slow
 def test_loss_curves_of_strong_scaling_coincide(strong: tuple[Path, dict[str, Any]]) -> None:
     first, *others = strong[1]['measurements']
     assert len(first['losses']) == STEPS and np.isfinite(first['losses']).all()
@@ -127,6 +130,7 @@ def test_loss_curves_of_strong_scaling_coincide(strong: tuple[Path, dict[str, An
         assert row['loss_difference'] == max(abs(np.subtract(row['losses'], first['losses'])))
 
 
+@pytest.mark.slow
 def test_page_and_plots(strong: tuple[Path, dict[str, Any]]) -> None:
     workdir = strong[0]
     page = (workdir / 'scale.html').read_text()
@@ -135,6 +139,15 @@ def test_page_and_plots(strong: tuple[Path, dict[str, Any]]) -> None:
         assert (workdir / 'plots' / f'{name}.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_one_size_alone(things: Path, tmp_path: Path) -> None:
+    """What others would be compared with is compared with itself."""
+    [row] = scaled(things, tmp_path / 'run', '--mode=strong', '--device_counts=2')['measurements']
+    assert set(row) >= FIELDS and (row['num_devices'], row['batch_size'], row['shards']) == (2, 32, 4)
+    assert row['step_seconds'] > 0 and row['efficiency'] == 1 and row['loss_difference'] == 0
+    assert (tmp_path / 'run' / 'plots' / 'strong.png').exists()
+
+
+@pytest.mark.slow
 def test_what_is_measured_is_kept(strong: tuple[Path, dict[str, Any]], things: Path, tmp_path: Path) -> None:
     """After a kill, and with more sizes: what is missing is measured, beside what they are compared with."""
     workdir, before = tmp_path / 'run', json.loads((strong[0] / 'scale.json').read_text())
@@ -337,6 +350,7 @@ def refused(result: Result, words: Sequence[str]) -> None:
         assert word in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('flags', 'words'),
     [
@@ -352,7 +366,8 @@ def test_a_workdir_of_other_measurements_is_refused(
     assert snapshot(strong[0]) == before
 
 
-def test_a_workdir_of_a_training_job_is_refused(trained: Path, things: Path) -> None:
-    before = snapshot(trained)
-    refused(scale(things, trained, '--device_counts=1'), ['workdir', '`train`', 'another workdir'])
-    assert snapshot(trained) == before
+def test_a_workdir_of_a_training_job_is_refused(things: Path, tmp_path: Path) -> None:
+    (tmp_path / 'config.json').write_text('{}')
+    before = snapshot(tmp_path)
+    refused(scale(things, tmp_path, '--device_counts=1'), ['workdir', '`train`', 'another workdir'])
+    assert snapshot(tmp_path) == before

@@ -11,7 +11,7 @@ from ml_collections import config_dict
 
 from parallel_train import UserError, create_learning_rate_fn, make_plan
 from parallel_train import config as config_lib
-from parallel_train.config import SCHEDULES
+from parallel_train.config_fields import SCHEDULES
 from parallel_train.plan import Plan
 from parallel_train.schedule import READS
 from parallel_train.show_plan import plan_table

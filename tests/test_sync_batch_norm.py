@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -25,22 +26,26 @@ start_devices(8)
 NORM = 'tests.models_for_tests:NormNet'
 
 
-@pytest.mark.parametrize(('devices', 'shards'), [(8, 8), (2, 8), (1, 4), (4, 4)])
-def test_statistics_and_gradients_are_those_of_the_whole_batch(devices: int, shards: int) -> None:
-    """20 plain-SGD steps, against one device and one shard, where nothing is exchanged at all.
+@functools.cache
+def whole_batch(steps: int) -> Any:
+    """One device and one shard: nothing is exchanged at all."""
+    return train(make_config(NORM, shards=1), 1, steps, make_split())
 
-    The tolerance is that of test_step.py. Statistics by shard are another function: 1e-2 and more.
-    """
-    split = make_split()
-    start, whole = (train(make_config(NORM, shards=1), 1, steps, split) for steps in (0, 20))
-    config = make_config(NORM, shards=shards, batch_norm='global')
-    synced = train(config, devices, 20, split)
+
+@pytest.mark.parametrize(('devices', 'shards'), [(8, 8), (2, 8), (1, 4)])
+def test_statistics_and_gradients_are_those_of_the_whole_batch(devices: int, shards: int) -> None:
+    """10 plain-SGD steps; the tolerance is that of test_step.py."""
+    start, whole = whole_batch(0), whole_batch(10)
+    synced = train(make_config(NORM, shards=shards, batch_norm='global'), devices, 10, make_split())
     assert distance(synced.params, whole.params, start.params) < 1e-4
     assert distance(synced.batch_stats, whole.batch_stats, start.batch_stats) < 1e-4
     for name in ('loss', 'accuracy', 'grad_norm'):
         assert synced.sums[name] == pytest.approx(whole.sums[name], rel=1e-4)
-    by_shard = train(make_config(NORM, shards=shards), devices, 20, split)
-    assert distance(by_shard.params, whole.params, start.params) > 1e-2
+
+
+def test_statistics_by_shard_are_another_function() -> None:
+    by_shard = train(make_config(NORM, shards=4), 1, 10, make_split())
+    assert distance(by_shard.params, whole_batch(10).params, whole_batch(0).params) > 1e-2
 
 
 def test_dropout_still_belongs_to_the_shard() -> None:

@@ -1,0 +1,66 @@
+"""Which checkpoints are kept, and how is Orbax told?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from parallel_train import processes
+
+
+def open_manager(
+    directory: Path, policy: preservation_policy.PreservationPolicy, read_only: bool
+) -> ocp.CheckpointManager:
+    here = ocp.options.MultiprocessingOptions()
+    if processes.count() > 1:
+        here = ocp.options.MultiprocessingOptions(
+            primary_host=processes.index(), active_processes={processes.index()}
+        )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy,
+        read_only=read_only,
+        create=False,
+        cleanup_tmp_directories=not read_only,
+        multiprocessing_options=here,
+    )
+    if not read_only:
+        directory.mkdir(parents=True, exist_ok=True)
+    with quiet_orbax():  # else it warns of what `read_only` means
+        # With the handler named, Orbax does not tell from the first checkpoint that it meets, perhaps one
+        # whose deletion was cut short, how to read all of them.
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=here)
+        return ocp.CheckpointManager(directory, options=options, item_handlers=handler)
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+class KeepLatestAndBest(preservation_policy.PreservationPolicy):
+    """Keeps the latest `latest` checkpoints, the one of the highest accuracy, and all snapshots.
+
+    Orbax's own policy for the best knows nothing of what was saved before a resume.
+    """
+
+    def __init__(self, latest: int, accuracy: dict[int, float], snapshots: Collection[int]):
+        self._latest, self._accuracy, self._snapshots = latest, accuracy, snapshots
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [info.step for info in checkpoints]
+        kept = {*sorted(steps)[-self._latest :], *self._snapshots}
+        evaluated = [step for step in steps if step in self._accuracy]
+        if evaluated:
+            kept.add(max(evaluated, key=lambda step: (self._accuracy[step], step)))
+        return [step in kept for step in steps]
