@@ -149,7 +149,8 @@ def _stepper(config: Any, sizes: Sizes, count: int) -> Callable[[], float]:
     split = Split(*examples.noise(sizes.input_shape, sizes.num_classes, batch), ())
     data = gather(split, np.arange(batch, dtype=np.int32), mesh)
     one_epoch = config.copy_and_resolve_references().unlock()
-    one_epoch.num_epochs = 1.0  # however short the run is
+    # However short the run is, and whatever epochs its schedule asks for.
+    one_epoch.num_epochs, one_epoch.schedule = 1.0, 'constant'
     step = make_train_step(config, make_plan(one_epoch, batch, 1, count), mesh)
     state = initialise(config, 0.0, mesh)
 
