@@ -56,7 +56,7 @@ def diagnose(state: TrainState, config: Any, plan: Plan, split: AnySplit) -> str
 
 
 def _without_remat(state: TrainState, config: Any) -> TrainState:
-    """Returns the state with a model that can be looked into, where its blocks have the same names without."""
+    """Returns the state with a model that can be looked into, where its blocks keep their names."""
     if not config.remat:
         return state
     plain = config.copy_and_resolve_references().unlock()

@@ -132,8 +132,8 @@ def _size(config: Any, mode: str, num_devices: int, num_processes: int, first: i
 def config_of(config: Any, sizes: Sizes, size: Size, steps: int, rounds: int) -> Any:
     """Returns the config of one size; with as many epochs as measuring takes, if it has fewer.
 
-    More epochs make the decay of the rate longer, and change nothing else of the first steps. Schedules that fit
-    no other number of epochs then go down in a line.
+    More epochs make the decay of the rate longer, and change nothing else of the first steps. Schedules that
+    fit no other number of epochs then go down in a line.
     """
     changed = config.copy_and_resolve_references().unlock()
     changed.batch_size, changed.shards = size.batch_size, size.shards
