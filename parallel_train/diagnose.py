@@ -61,8 +61,9 @@ def _without_remat(state: TrainState, config: Any) -> TrainState:
         return state
     plain = config.copy_and_resolve_references().unlock()
     plain.remat = False
-    names = jax.tree.structure(abstract_state(plain, lambda _: 0.0).params)
-    alike = names == jax.tree.structure(state.params)
+    names = [path for path, _ in jax.tree.leaves_with_path(state.params)]
+    template = abstract_state(plain, lambda _: 0.0).params
+    alike = names == [path for path, _ in jax.tree.leaves_with_path(template)]
     return state.replace(apply_fn=create_model(plain).apply) if alike else state
 
 
