@@ -221,6 +221,11 @@ def _near_multiples(value: int, of: int, at_most: float = math.inf) -> str:
     return f'nearest that {"are" if len(near) > 1 else "is"}: {", ".join(near)}'
 
 
+def mixes(config: Any) -> bool:
+    """Whether examples are mixed with others of their shard, which then needs two at least."""
+    return bool(config.mixup_alpha or config.cutmix_alpha)
+
+
 def _check_fit(
     config: Any, num_train_examples: int, num_eval_examples: int, devices: int, processes: int
 ) -> None:

@@ -241,7 +241,7 @@ class Bench:
 
         fitting = [
             size
-            for size in other_batch_sizes(self._plan.shards, self._plan.batch_size)
+            for size in other_batch_sizes(self._config, self._plan)
             if size <= self._sizes.num_train_examples
         ][:2]
         stretches = {}
