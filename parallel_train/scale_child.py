@@ -121,7 +121,7 @@ class Bench:
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
         self._config, self._steps = config, steps
         self._sizes = dataset.find_sizes(config, data_dir)
-        self._split = dataset.load_split(config.dataset, config.train_split, data_dir)
+        self._split = dataset.open_split(config, config.train_split, data_dir, training=True)
         self._mesh = make_mesh(num_devices)
         self._plan = make_plan(
             config,

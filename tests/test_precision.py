@@ -76,7 +76,7 @@ def test_error_of_gradients_in_bfloat16(devices: int) -> None:
     narrow = one_step('cnn', 'bfloat16', devices, 1, split)
     error = distance(narrow.params, exact.params, start.params)
     assert 2**-12 < error < 2**-8
-    assert narrow.sums['loss'] == exact.sums['loss']
+    assert narrow.sums['loss'] == pytest.approx(exact.sums['loss'], rel=1e-6)
 
 
 def one_step(model: str, gradient_dtype: str, devices: int, steps: int, split: Any) -> Any:

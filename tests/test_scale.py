@@ -331,7 +331,7 @@ def test_processes_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], ['device_counts: is missing']),
         (['--device_counts=1,2', '--mode=both'], ["mode='both'", 'weak or strong']),
         (['--device_counts=1,2', '--devices=2'], ['devices=2', '--device_counts']),
-        (['--device_counts=3'], ['device_counts=3', 'config.shards=4']),
+        (['--device_counts=3', '--mode=strong'], ['device_counts=3', 'config.shards=4']),
         (['--device_counts=1,2', '--steps=0'], ['steps=0', 'at least 1']),
         (['--device_counts=2048', '--config.shards=0', '--config.batch_size=2048'], ['2048']),
     ],

@@ -296,7 +296,12 @@ def test_the_plan_knows_the_sizes_with_and_without_the_set(image_job: ImageJob, 
     sizes = find_sizes(config_of(), image_job.data_dir)
     assert (sizes.num_train_examples, sizes.num_eval_examples) == (TRAIN, 13)
     assert sizes.input_shape == (SIZE, SIZE, 3) and sizes.num_classes == 3
-    given = {'num_train_examples': 900, 'num_eval_examples': 9, 'num_classes': 10, 'dataset': 'imagenet2012'}
+    given = {
+        'num_train_examples': 900,
+        'num_eval_examples': 9,
+        'num_classes': 1000,
+        'dataset': 'imagenet2012',
+    }
     absent = find_sizes(config_of(**given), tmp_path)
     assert absent.input_shape == (SIZE, SIZE, 3) and absent.num_train_examples == 900
 
