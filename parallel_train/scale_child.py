@@ -19,6 +19,7 @@ from parallel_train import config as config_lib
 from parallel_train import processes
 from parallel_train.cluster import Cluster
 from parallel_train.errors import Diverged, UserError
+from parallel_train.paths import opened
 from parallel_train.scale_sizes import LEAD
 
 _QUEUED = 2  # steps, while the host waits for the clock to start
@@ -42,7 +43,8 @@ def main() -> None:
                 'scale', request['num_processes'], request['process_id'], request['coordinator']
             )
             processes.start(cluster, 60, 120, lambda _: None)
-        bench = Bench(config, Path(request['data_dir']), request['size']['num_devices'], request['steps'])
+        data_dir = opened('data_dir', request['data_dir'])
+        bench = Bench(config, data_dir, request['size']['num_devices'], request['steps'])
         answer(ready=bench.facts())
     except UserError as error:
         answer(error=str(error))
