@@ -243,6 +243,11 @@ def _check_fit(
             f'{devices} × {accumulation} = {turns}, or 0 for exactly that many; '
             f'{_near_multiples(shards, turns)}'
         )
+    if config.reduction == 'tree' and config.optimizer == 'muon':
+        raise UserError(
+            "config.optimizer='muon': its matrix products do not give the same bits on any number of devices, "
+            "so not with config.reduction='tree'; use pmean, or another optimizer"
+        )
     if config.reduction == 'tree' and (shards < 1 or shards & (shards - 1)):
         raise UserError(
             f"config.shards={shards}: must be a power of two with config.reduction='tree', which adds the "
