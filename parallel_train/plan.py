@@ -245,8 +245,8 @@ def _check_fit(
         )
     if config.reduction == 'tree' and config.optimizer == 'muon':
         raise UserError(
-            "config.optimizer='muon': its matrix products do not give the same bits on any number of devices, "
-            "so not with config.reduction='tree'; use pmean, or another optimizer"
+            "config.optimizer='muon': its bits were seen to depend on the number of devices, which they must "
+            "not with config.reduction='tree'; use pmean, or another optimizer"
         )
     if config.reduction == 'tree' and (shards < 1 or shards & (shards - 1)):
         raise UserError(
