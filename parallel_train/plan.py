@@ -248,6 +248,11 @@ def _check_fit(
             f'{devices} × {accumulation} = {turns}, or 0 for exactly that many; '
             f'{_near_multiples(shards, turns)}'
         )
+    if config.reduction == 'tree' and config.optimizer == 'muon':
+        raise UserError(
+            "config.optimizer='muon': its bits were seen to depend on the number of devices, which they must "
+            "not with config.reduction='tree'; use pmean, or another optimizer"
+        )
     if config.reduction == 'tree' and (shards < 1 or shards & (shards - 1)):
         raise UserError(
             f"config.shards={shards}: must be a power of two with config.reduction='tree', which adds the "
