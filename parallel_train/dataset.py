@@ -149,8 +149,6 @@ def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
         given['input_shape'] = tuple(given['input_shape'])
     known: dict[str, Any]
     stream.check_fields(config, of_function=is_import_path(config.dataset))
-    if config.image_size:  # whatever the set's own images are
-        given['input_shape'] = stream.shape_of(config)
     if is_import_path(config.dataset):
         known, source = _sizes_of_function(config, data_dir)
     elif data_dir is not None and (prepared := find_prepared(config.dataset, data_dir)):
@@ -165,8 +163,9 @@ def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
                 length = int(match[2]) - int(match[1] or 0)
                 _compare(field, given[field], length, f'the split {split!r}')
         known, source = stated_sizes(config.dataset, must_know=len(given) < len(_SIZE_FIELDS))
-    if config.image_size:
-        known['input_shape'] = given['input_shape']
+    if config.image_size:  # whatever the set's own images are
+        given.pop('input_shape', None)
+        known['input_shape'] = stream.shape_of(config)
     for field in ('input_shape', 'num_classes'):  # counts are fallbacks: the data knows better
         if field in known and field in given:
             _compare(field, given[field], known[field], source)

@@ -136,8 +136,9 @@ def fastest(config: Any, sizes: Sizes, counts: list[int], say: Callable[[str], N
     rates = {
         count: config.batch_size / statistics.median(seconds[count] for seconds in rounds) for count in counts
     }
+    unit = examples.unit_of(sizes.input_shape)
     for count, rate in rates.items():
-        say(f'  {count:>3} device{"s" if count > 1 else " "}  {rate:8,.0f} images/s')
+        say(f'  {count:>3} device{"s" if count > 1 else " "}  {rate:8,.0f} {unit}/s')
     count = max(rates, key=lambda c: rates[c])
     _remember(_key(config, sizes), count)
     return count
