@@ -17,6 +17,8 @@ import pytest
 from tests.pictures import write_folder
 from tests.test_idx import NAMES, idx_bytes, write_set
 
+os.environ.setdefault('EPATH_USE_TF', 'false')  # gs:// by gcsfs, whichever test imports epath first
+
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_EXAMPLES, EVAL_EXAMPLES = 1200, 300
 BATCH_SIZE, EPOCHS, WARMUP_EPOCHS, PEAK_RATE = 48, 2, 0.5, 0.05
