@@ -71,7 +71,8 @@ data_dir = Path({str(undecoded)!r})
 for split in ('train', 'test', 'train[:150]', 'train[10%:]'):
     load_split('mnist', split, data_dir)
 config = SimpleNamespace(dataset='mnist', train_split='train[:90%]', eval_split='test',
-    num_train_examples=0, num_eval_examples=0, input_shape=(), num_classes=0)
+    num_train_examples=0, num_eval_examples=0, input_shape=(), num_classes=0, image_size=0,
+    random_resized_crop=False)
 find_sizes(config, data_dir)
 print([name in sys.modules for name in ('tensorflow', 'tensorflow_datasets', 'jax', 'PIL')])
 """
