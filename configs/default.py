@@ -89,7 +89,7 @@ def get_config() -> config_dict.ConfigDict:
     config.cooldown_epochs = 0.0  # rsqrt, warmup_stable_decay: the last epochs, in which it falls linearly
 
     # How an update is made from a gradient (optimizers.py has the formulas and their sources).
-    config.optimizer = 'sgd'  # sgd | adamw | lars | lamb | lion | muon
+    config.optimizer = 'sgd'  # sgd | adamw | lars | lamb | lion | muon (not with reduction tree)
     config.momentum = 0.9  # sgd, lars, muon: momentum (0.95 is usual for muon); adamw, lamb, lion: beta 1
     config.nesterov = False  # sgd and lars; muon always does
     config.beta2 = 0.0  # 0: as published: adamw, lamb, muon (for what is no matrix) 0.999, lion 0.99

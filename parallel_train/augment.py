@@ -71,6 +71,12 @@ def check_augmentation(config: Any) -> None:
                 f'config.{field}={config[field]}: is for images, and examples of {config.dataset!r} are of '
                 f'shape {shape}; leave it out'
             )
+    for field in ('pixel_mean', 'pixel_std'):
+        if len(config[field]) > 1 and len(config[field]) != shape[-1] and len(shape) == 3:
+            raise UserError(
+                f'config.{field}={tuple(config[field])}: is for {len(config[field])} channels, and images of '
+                f'{config.dataset!r} have {shape[-1]}; give one number for each, or one for all'
+            )
     for field in ('random_crop_padding', 'cutout_size'):
         if config[field] and config[field] >= min(shape[:2]):
             raise UserError(

@@ -192,7 +192,8 @@ def gradients(patient: Patient) -> Finding:
     count = len(jax.devices())
     batch = 4 * count
     config = patient.config.copy_and_resolve_references().unlock()
-    config.update({'batch_size': batch, 'shards': count, 'accumulation_steps': 1, 'num_epochs': 2.0})
+    config.update({'batch_size': batch, 'shards': count, 'accumulation_steps': 1})
+    config.update({'num_epochs': 2.0, 'schedule': 'constant'})  # others may not fit so few epochs
     config.update({'optimizer': 'sgd', 'momentum': 0.0, 'weight_decay': 0.0, 'reduction': 'pmean'})
     config.update({'gradient_dtype': 'float32'})  # which the tolerance is for
     if not config.input_shape:

@@ -170,8 +170,9 @@ def _set_up_logging(show_ours: bool) -> None:
     # Orbax logs each error as well as raising it, with a stack for each array.
     absl_logging.set_verbosity(absl_logging.FATAL)
     absl_logging.set_stderrthreshold(absl_logging.FATAL)
-    # Likewise what it leaves unawaited after a read or a write that failed.
-    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+    # Likewise what it leaves unawaited after a read or a write that failed; and the clients of a store.
+    for library in ('asyncio', 'gcsfs', 'google'):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     ours = logging.getLogger('parallel_train')
     ours.propagate = False
     if show_ours:

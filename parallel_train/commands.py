@@ -132,7 +132,7 @@ def scale(config: Any, values: Any) -> None:
         50 if values.steps is None else values.steps,
         5 if values.rounds is None else values.rounds,
     )
-    dataset.load_split(config.dataset, config.train_split, data_dir)  # decoded once, by one process
+    dataset.open_split(config, config.train_split, data_dir, training=True)  # decoded once, by one process
     results = run_scale(
         config, sizes, experiment, workdir, data_dir, lambda line: print(line, file=sys.stderr, flush=True)
     )

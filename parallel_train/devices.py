@@ -27,7 +27,7 @@ from parallel_train.dataset import Sizes, Split
 from parallel_train.errors import UserError
 from parallel_train.files import write_atomically
 from parallel_train.mesh import backend_runs, make_mesh, start_devices, usable_cpu_devices
-from parallel_train.plan import make_plan
+from parallel_train.plan import make_plan, mixes
 from parallel_train.state import initialise
 from parallel_train.step import make_train_step
 from parallel_train.workdir import planned_devices
@@ -105,7 +105,8 @@ def candidates(config: Any, cores: int | None = None) -> list[int]:
 
 def _fits(config: Any, count: int) -> bool:
     turns = count * config.accumulation_steps
-    return config.batch_size % turns == 0 and config.shards % turns == 0
+    alone = config.batch_size == turns and mixes(config)  # each shard would have one example
+    return config.batch_size % turns == 0 and config.shards % turns == 0 and not alone
 
 
 def remembered(config: Any, sizes: Sizes) -> int | None:
@@ -135,8 +136,9 @@ def fastest(config: Any, sizes: Sizes, counts: list[int], say: Callable[[str], N
     rates = {
         count: config.batch_size / statistics.median(seconds[count] for seconds in rounds) for count in counts
     }
+    unit = examples.unit_of(sizes.input_shape)
     for count, rate in rates.items():
-        say(f'  {count:>3} device{"s" if count > 1 else " "}  {rate:8,.0f} images/s')
+        say(f'  {count:>3} device{"s" if count > 1 else " "}  {rate:8,.0f} {unit}/s')
     count = max(rates, key=lambda c: rates[c])
     _remember(_key(config, sizes), count)
     return count
@@ -149,7 +151,8 @@ def _stepper(config: Any, sizes: Sizes, count: int) -> Callable[[], float]:
     split = Split(*examples.noise(sizes.input_shape, sizes.num_classes, batch), ())
     data = gather(split, np.arange(batch, dtype=np.int32), mesh)
     one_epoch = config.copy_and_resolve_references().unlock()
-    one_epoch.num_epochs = 1.0  # however short the run is
+    # However short the run is, and whatever epochs its schedule asks for.
+    one_epoch.num_epochs, one_epoch.schedule = 1.0, 'constant'
     step = make_train_step(config, make_plan(one_epoch, batch, 1, count), mesh)
     state = initialise(config, 0.0, mesh)
 

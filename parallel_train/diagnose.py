@@ -18,7 +18,7 @@ from parallel_train.dataset import AnySplit
 from parallel_train.forward import Batch, Forward, make_forward
 from parallel_train.plan import Plan
 from parallel_train.shards import sums_of_shards, take_shards
-from parallel_train.state import TrainState
+from parallel_train.state import TrainState, abstract_state, create_model
 
 _EXAMPLES_NAMED = 8
 
@@ -35,7 +35,7 @@ def diagnose(state: TrainState, config: Any, plan: Plan, split: AnySplit) -> str
     step = int(state.step)
     epoch, row = divmod(step, plan.steps_per_epoch)
     examples = order.epoch_batches(config.seed, epoch, plan.num_train_examples, plan.batch_size)[row]
-    state = jax.tree.map(jnp.asarray, jax.device_get(state))
+    state = _without_remat(jax.tree.map(jnp.asarray, jax.device_get(state)), config)
     where = f'step {step + 1} (rate {plan.rate(step):.6g})'
     before = _first_bad({'params': state.params, 'batch_stats': state.batch_stats})
     if before:
@@ -55,6 +55,18 @@ def diagnose(state: TrainState, config: Any, plan: Plan, split: AnySplit) -> str
     return f'{where}: first not finite is {tensor}, for examples {named}{more} of {config.train_split!r}'
 
 
+def _without_remat(state: TrainState, config: Any) -> TrainState:
+    """Returns the state with a model that can be looked into, where its blocks keep their names."""
+    if not config.remat:
+        return state
+    plain = config.copy_and_resolve_references().unlock()
+    plain.remat = False
+    names = [path for path, _ in jax.tree.leaves_with_path(state.params)]
+    template = abstract_state(plain, lambda _: 0.0).params
+    alike = names == [path for path, _ in jax.tree.leaves_with_path(template)]
+    return state.replace(apply_fn=create_model(plain).apply) if alike else state
+
+
 def _look_at(
     state: TrainState, config: Any, plan: Plan, data: dict[str, jax.Array], shard: int
 ) -> tuple[str, np.ndarray]:
@@ -70,7 +82,8 @@ def _look_at(
 
     def watching(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         output = call(*args, **kwargs)
-        if context.method_name == '__call__':
+        # In a model's own `nn.remat` there are no values to look at.
+        if context.method_name == '__call__' and not isinstance(output, jax.core.Tracer):
             outputs.append(('/'.join(context.module.path) or 'the model', output))
         return output
 

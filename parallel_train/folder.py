@@ -78,6 +78,9 @@ def load(source: Path) -> ImageFolder:
             f'--from={source}: train/ holds {len(names)} class folder{"s" * (len(names) != 1)}'
             f'{f" ({names[0]})" if names else ""}; at least 2 are wanted, train/CLASS/FILE'
         )
+    unfit = [name for name in names if not name.isprintable()]  # TFDS keeps them one a line, in UTF-8
+    if unfit:
+        raise UserError(f'--from={source}: {unfit[0]!r} in train/ is no name for a class: rename it')
     splits: dict[str, tuple[tuple[Path, int], ...]] = {}
     for folder, split in SPLITS.items():
         if not (source / folder).is_dir():
@@ -133,8 +136,11 @@ def _problem(file: Path) -> tuple[Path, str] | None:
     from PIL import Image, UnidentifiedImageError
 
     try:
+        file.name.encode()  # it is stored
         with Image.open(file, formats=FORMATS):
             return None
+    except UnicodeEncodeError:
+        return file, 'its name is not UTF-8'
     except UnidentifiedImageError:
         return file, f'not {", ".join(FORMATS)}'
     except OSError as error:

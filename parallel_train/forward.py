@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from parallel_train import batch_norm, config_fields
 from parallel_train import config as config_lib
+from parallel_train.augment import check_augmentation
 from parallel_train.errors import UserError
 from parallel_train.examples import is_tokens, kind
 from parallel_train.state import KEY_IMPL, abstract_state, create_model, eval_flags, takes_train
@@ -96,14 +97,9 @@ def check_model_and_loss(config: Any) -> None:
 
     Raises:
       UserError: the model gives no logits, or fewer than there are classes, or fails in training mode;
-        the loss gives no losses and weights for each example.
+        the loss gives no losses and weights for each example; or an augmentation is not for such examples.
     """
-    if is_tokens(config.input_shape) and (config.random_crop_padding or config.random_flip):
-        raise UserError(
-            f'config.random_crop_padding={config.random_crop_padding}, config.random_flip='
-            f'{config.random_flip}: are for images, and {config.dataset!r} holds rows of tokens; use 0 and '
-            'False'
-        )
+    check_augmentation(config)
     template = abstract_state(config, lambda _: 0.0)
     model, loss, examples = create_model(config), import_loss(config), 5
     tokens = is_tokens(config.input_shape)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from parallel_train.compiled import Compiled, compile_step
 from parallel_train.dataset import Sizes
 from parallel_train.examples import is_tokens
-from parallel_train.plan import make_plan
+from parallel_train.plan import Plan, make_plan, mixes
 from parallel_train.roofline import Prediction, fit_cpu
 from parallel_train.schedule import create_learning_rate_fn
 from parallel_train.state import initialise
@@ -49,7 +49,7 @@ def measure_on_cpu(
       say: shows a line of progress.
     """
     others: list[Compiled] = []
-    for batch_size in other_batch_sizes(compiled.plan.shards, compiled.plan.batch_size):
+    for batch_size in other_batch_sizes(config, compiled.plan):
         if len(others) < _CALIBRATION_SIZES and batch_size <= sizes.num_train_examples:
             changed = config.copy_and_resolve_references().unlock()
             changed.batch_size = batch_size
@@ -65,11 +65,11 @@ def measure_on_cpu(
     return Measured(measured, model.predict(compiled.flops * mesh.size))
 
 
-def other_batch_sizes(shards: int, batch_size: int) -> list[int]:
-    """Returns batch sizes around the given one, nearest first, with as many shards and devices."""
-    examples = batch_size // shards
+def other_batch_sizes(config: Any, plan: Plan) -> list[int]:
+    """Returns batch sizes around the plan's, nearest first, that its shards and devices allow."""
+    examples, least = plan.examples_per_shard, 2 if mixes(config) else 1
     around = [examples // 2, examples * 2, examples // 4, examples * 4, examples * 3]
-    return [shards * count for count in dict.fromkeys(around) if count > 0]
+    return [plan.shards * count for count in dict.fromkeys(around) if count >= least]
 
 
 def _measure_in_turns(

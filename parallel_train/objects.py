@@ -60,7 +60,8 @@ def move(path: Path, target: Path) -> None:
     store = store_of(path)
     with contextlib.suppress(FileNotFoundError):
         store.rm(str(target), recursive=True)
-    store.mv(str(path), str(target), recursive=True)
+    store.copy(str(path), str(target), recursive=True)
+    store.rm(str(path), recursive=True)
 
 
 class Rewritten:

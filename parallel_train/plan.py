@@ -221,6 +221,11 @@ def _near_multiples(value: int, of: int, at_most: float = math.inf) -> str:
     return f'nearest that {"are" if len(near) > 1 else "is"}: {", ".join(near)}'
 
 
+def mixes(config: Any) -> bool:
+    """Whether examples are mixed with others of their shard, which then needs two at least."""
+    return bool(config.mixup_alpha or config.cutmix_alpha)
+
+
 def _check_fit(
     config: Any, num_train_examples: int, num_eval_examples: int, devices: int, processes: int
 ) -> None:
@@ -242,6 +247,11 @@ def _check_fit(
             f'config.shards={shards}: must be a multiple of devices × accumulation_steps = '
             f'{devices} × {accumulation} = {turns}, or 0 for exactly that many; '
             f'{_near_multiples(shards, turns)}'
+        )
+    if config.reduction == 'tree' and config.optimizer == 'muon':
+        raise UserError(
+            "config.optimizer='muon': its bits were seen to depend on the number of devices, which they must "
+            "not with config.reduction='tree'; use pmean, or another optimizer"
         )
     if config.reduction == 'tree' and (shards < 1 or shards & (shards - 1)):
         raise UserError(

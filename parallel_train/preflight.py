@@ -15,7 +15,6 @@ import numpy as np
 from parallel_train import config as config_lib
 from parallel_train import dataset, processes
 from parallel_train import workdir as workdir_lib
-from parallel_train.augment import check_augmentation
 from parallel_train.forward import check_model_and_loss
 from parallel_train.plan import make_plan
 from parallel_train.stream import StreamedSplit
@@ -45,7 +44,6 @@ def check_job(
     config = config_lib.complete(config)
     sizes = dataset.find_sizes(config, data_dir)
     config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
-    check_augmentation(config)
     check_model_and_loss(config)
     workdir_lib.check(workdir, config, allow_plan_change)
     if devices is not None:

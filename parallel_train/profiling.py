@@ -85,6 +85,7 @@ class Profiler:
         """Begins or ends the trace; waits for the devices first, so that it holds whole steps."""
         jax.block_until_ready(state)
         if self._since is None:
+            shutil.rmtree(self._own_folder(), ignore_errors=True)  # of a run that was killed in its trace
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # it would slow the host down, whose part is to be seen
             jax.profiler.start_trace(self._own_folder(), profiler_options=options)

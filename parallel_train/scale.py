@@ -18,6 +18,7 @@ from parallel_train import config as config_lib
 from parallel_train import scale_figures, workdir
 from parallel_train.dataset import Sizes
 from parallel_train.errors import UserError
+from parallel_train.examples import unit_of
 from parallel_train.files import check_writable, write_atomically
 from parallel_train.scale_processes import Group, gpus_of_each
 from parallel_train.scale_sizes import Experiment, Size, config_of
@@ -144,6 +145,7 @@ def _measure(
     """Lets the sizes take turns, every other round in reverse; results are on disk after each turn."""
     session = time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())
     stays = results['machine']['platform'] == 'cpu'
+    unit = unit_of(sizes.input_shape)
     with contextlib.ExitStack() as stack:
         waiting: dict[Size, Group] = {}
 
@@ -175,7 +177,7 @@ def _measure(
                 results['turns'].append({'size': size.key, 'session': session, 'round': i, **turn})
                 _write(folder, results, experiment)
                 rate = size.batch_size / turn['fed']
-                say(f'round {i + 1} of {max(missing.values())}: {size.name}: {rate:,.0f} images/s')
+                say(f'round {i + 1} of {max(missing.values())}: {size.name}: {rate:,.0f} {unit}/s')
 
 
 @contextlib.contextmanager

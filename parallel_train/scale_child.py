@@ -19,6 +19,7 @@ from parallel_train import config as config_lib
 from parallel_train import processes
 from parallel_train.cluster import Cluster
 from parallel_train.errors import Diverged, UserError
+from parallel_train.paths import opened
 from parallel_train.scale_sizes import LEAD
 
 _QUEUED = 2  # steps, while the host waits for the clock to start
@@ -42,7 +43,8 @@ def main() -> None:
                 'scale', request['num_processes'], request['process_id'], request['coordinator']
             )
             processes.start(cluster, 60, 120, lambda _: None)
-        bench = Bench(config, Path(request['data_dir']), request['size']['num_devices'], request['steps'])
+        data_dir = opened('data_dir', request['data_dir'])
+        bench = Bench(config, data_dir, request['size']['num_devices'], request['steps'])
         answer(ready=bench.facts())
     except UserError as error:
         answer(error=str(error))
@@ -119,7 +121,7 @@ class Bench:
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
         self._config, self._steps = config, steps
         self._sizes = dataset.find_sizes(config, data_dir)
-        self._split = dataset.load_split(config.dataset, config.train_split, data_dir)
+        self._split = dataset.open_split(config, config.train_split, data_dir, training=True)
         self._mesh = make_mesh(num_devices)
         self._plan = make_plan(
             config,
@@ -241,7 +243,7 @@ class Bench:
 
         fitting = [
             size
-            for size in other_batch_sizes(self._plan.shards, self._plan.batch_size)
+            for size in other_batch_sizes(self._config, self._plan)
             if size <= self._sizes.num_train_examples
         ][:2]
         stretches = {}

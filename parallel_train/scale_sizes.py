@@ -132,10 +132,15 @@ def _size(config: Any, mode: str, num_devices: int, num_processes: int, first: i
 def config_of(config: Any, sizes: Sizes, size: Size, steps: int, rounds: int) -> Any:
     """Returns the config of one size; with as many epochs as measuring takes, if it has fewer.
 
-    More epochs make the decay of the rate longer, and change nothing else of the first steps.
+    More epochs make the decay of the rate longer, and change nothing else of the first steps. Schedules that
+    fit no other number of epochs then go down in a line.
     """
     changed = config.copy_and_resolve_references().unlock()
     changed.batch_size, changed.shards = size.batch_size, size.shards
     steps_per_epoch = max(sizes.num_train_examples // size.batch_size, 1)
-    changed.num_epochs = max(config.num_epochs, float((rounds + 1) * (LEAD + steps) // steps_per_epoch + 1))
+    needed = float((rounds + 1) * (LEAD + steps) // steps_per_epoch + 1)
+    if needed > config.num_epochs:
+        changed.num_epochs = needed
+        if config.schedule in ('cosine_restarts', 'one_cycle'):
+            changed.schedule = 'linear'
     return changed.lock()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from parallel_train import augment, batches, mix
 from parallel_train.forward import Batch, Forward
 from parallel_train.models import conv
-from parallel_train.plan import Plan
+from parallel_train.plan import Plan, mixes
 from parallel_train.reduce import SHARD_AXIS
 from parallel_train.state import KEY_IMPL
 
@@ -61,7 +61,7 @@ def take_shards(
 
     shape = (count, plan.examples_per_shard)
     shards = {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
-    if config.mixup_alpha or config.cutmix_alpha:
+    if mixes(config):
         shards = mix.mix_shards(shards, of_shards(jax.random.fold_in(run_key, _MIX)), config)
     return shards, of_shards(dropout_key)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from parallel_train.errors import UserError
+from parallel_train.paths import opened_here
 
 LENGTH = 128  # bytes in a row of `folder`
 _TEST_PART = 10  # one file in so many is for evaluation
@@ -18,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 def folder(split: str, data_dir: Path) -> dict[str, np.ndarray]:
     """The text files under `data_dir`, in rows of 128 bytes; see `rows_of_folder`."""
-    return {'tokens': rows_of_folder(data_dir, split, LENGTH)}
+    return {'tokens': rows_of_folder(opened_here('data_dir', data_dir), split, LENGTH)}
 
 
 def rows_of_folder(root: Path | str, split: str, length: int) -> np.ndarray:

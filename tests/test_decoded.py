@@ -66,14 +66,13 @@ def test_a_cold_load_imports_no_tensorflow_and_a_warm_one_no_tfds(undecoded: Pat
 import sys
 from pathlib import Path
 from parallel_train.dataset import load_split, find_sizes
-from types import SimpleNamespace
+from parallel_train.config import complete, default_config
 data_dir = Path({str(undecoded)!r})
 for split in ('train', 'test', 'train[:150]', 'train[10%:]'):
     load_split('mnist', split, data_dir)
-config = SimpleNamespace(dataset='mnist', train_split='train[:90%]', eval_split='test',
-    num_train_examples=0, num_eval_examples=0, input_shape=(), num_classes=0, image_size=0,
-    random_resized_crop=False)
-find_sizes(config, data_dir)
+config = default_config()
+config.update({{'dataset': 'mnist', 'train_split': 'train[:90%]', 'eval_split': 'test'}})
+find_sizes(complete(config), data_dir)
 print([name in sys.modules for name in ('tensorflow', 'tensorflow_datasets', 'jax', 'PIL')])
 """
     assert run(code) == '[False, True, False, True]\n'

@@ -31,10 +31,16 @@ def config(**fields: Any) -> config_lib.Config:
         ({'batch_size': 27}, 2, [1]),
         ({'batch_size': 256}, 16, [8, 16, 32, 64]),
         ({'batch_size': 4}, 64, [4]),
+        ({'batch_size': 8, 'mixup_alpha': 0.2}, 2, [1, 2, 4]),  # two examples in each shard
     ],
 )
 def test_counts_worth_measuring(fields: dict[str, Any], cores: int, counts: list[int]) -> None:
     assert devices.candidates(config(**fields), cores) == counts
+
+
+def test_schedules_that_do_not_fit_the_measurement_are_no_obstacle() -> None:
+    job = config(schedule='cosine_restarts', restart_epochs=2.0, warmup_epochs=1.0)
+    assert devices._stepper(job, SIZES, 1)() > 0
 
 
 def test_measured_once_then_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

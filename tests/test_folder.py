@@ -79,6 +79,15 @@ def damage_two_vals(images: Path) -> None:
     shutil.copytree(images / 'val', images / 'validation')
 
 
+def damage_class_name(images: Path) -> None:
+    for split in ('train', 'val'):
+        (images / split / 'rings').rename(images / split / 'ri\nngs')
+
+
+def damage_file_name(images: Path) -> None:
+    (images / 'train' / 'rings' / '000.jpg').rename(images / 'train' / 'rings' / '\udcff.jpg')
+
+
 def damage_files(images: Path) -> None:
     (images / 'train' / 'rings' / 'notes.txt').write_text('no image')
     (images / 'train' / 'rings' / 'empty.jpg').write_bytes(b'')
@@ -94,6 +103,8 @@ def damage_files(images: Path) -> None:
         (damage_empty_class, r'no image in train/zebras'),
         (damage_flat_val, r'val/picture.jpg in no class folder'),
         (damage_unknown_class, r'val/circles, but no such class in train/'),
+        (damage_class_name, r"'ri\\nngs' in train/ is no name for a class"),
+        (damage_file_name, r'1 of 12 files are no images .*\(its name is not UTF-8\)'),
         (damage_two_vals, r'both val/ and validation/'),
         (
             damage_files,

@@ -230,6 +230,14 @@ def test_weak_scaling_holds_the_examples_of_a_device_and_of_a_shard() -> None:
     assert len(experiment.sizes) == 5
 
 
+@pytest.mark.parametrize(
+    'fields', [{'schedule': 'cosine_restarts', 'restart_epochs': 0.5}, {'schedule': 'one_cycle'}]
+)
+def test_schedules_that_fit_no_other_epochs_are_measured(fields: dict[str, Any]) -> None:
+    experiment = plan_of(['strong'], [1, 2], warmup_epochs=1.0, **fields)
+    assert len(experiment.sizes) == 2
+
+
 def test_processes_that_cannot_share_a_count_leave_it_out() -> None:
     sizes = plan_of(['strong'], [1, 2, 4], [1, 2]).modes['strong']
     assert [(s.num_devices, s.num_processes) for s in sizes] == [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)]
@@ -331,7 +339,7 @@ def test_processes_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], ['device_counts: is missing']),
         (['--device_counts=1,2', '--mode=both'], ["mode='both'", 'weak or strong']),
         (['--device_counts=1,2', '--devices=2'], ['devices=2', '--device_counts']),
-        (['--device_counts=3'], ['device_counts=3', 'config.shards=4']),
+        (['--device_counts=3', '--mode=strong'], ['device_counts=3', 'config.shards=4']),
         (['--device_counts=1,2', '--steps=0'], ['steps=0', 'at least 1']),
         (['--device_counts=2048', '--config.shards=0', '--config.batch_size=2048'], ['2048']),
     ],

@@ -61,9 +61,9 @@ def test_several_steps_in_one_dispatch() -> None:
     feed = ResidentFeed(split, config, plan, mesh)
     state = make_train_step(config, plan, mesh, 3)(initialise(config, 0.05, mesh), feed.at(0))
     single = initialise(config, 0.05, mesh)
-    start = jax.device_get(single.params)
+    start, step = jax.device_get(single.params), make_train_step(config, plan, mesh)
     for i in range(3):
-        single = make_train_step(config, plan, mesh)(single, feed.at(i))
+        single = step(single, feed.at(i))
     assert distance(jax.device_get(state.params), jax.device_get(single.params), start) < 1e-4
 
 
@@ -120,6 +120,7 @@ def test_a_divergence_is_explained() -> None:
     plan = make_plan(config, 96, 1, 2)
     state = initialise(config, 0.1, make_mesh(1))
     params = dict(state.params)
-    params['Dense_1'] = {**params['Dense_1'], 'kernel': params['Dense_1']['kernel'] * np.float32(3e38)}
+    for layer in ('Dense_0', 'Dense_1'):  # each finite by itself
+        params[layer] = {**params[layer], 'kernel': params[layer]['kernel'] * np.float32(1e30)}
     text = diagnose(dataclasses.replace(state, params=params), config, plan, split)
-    assert re.search(r'step 1 .*(the output of Dense_1|params/Dense_1/kernel)', text), text
+    assert re.search(r'step 1 .*the output of Dense_1', text), text

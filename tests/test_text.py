@@ -195,7 +195,7 @@ def test_rows_come_from_the_host_as_bytes() -> None:
 
 def test_what_does_not_go_with_rows_of_tokens() -> None:
     for fields, message in (
-        ({'random_flip': True}, 'random_flip=True: are for images'),
+        ({'random_flip': True}, 'random_flip=True: is for images'),
         ({'model': 'tests.models_for_tests:Linear'}, r'logits \[batch, length, classes\], not \(5, 256\)'),
         ({'model': 'vit_s16'}, 'does not take rows of tokens of shape'),
         ({'num_classes': 300, 'model': f'{__name__}:Bytes'}, 'gives 256 logits'),
