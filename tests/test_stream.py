@@ -269,6 +269,23 @@ def test_too_many_corrupt_images_end_the_run(image_job: ImageJob) -> None:
         split.read(all_of(split))
 
 
+def test_many_threads_read_at_once_on_one_core(image_job: ImageJob) -> None:
+    """A call that waited in TensorFlow's own threads for others of them would wait for ever."""
+    code = (
+        'import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n'
+        'from concurrent.futures import ThreadPoolExecutor; from pathlib import Path; import numpy as np\n'
+        'from tests.test_stream import config_of, open_split\n'
+        f'data_dir = Path({str(image_job.data_dir)!r})\n'
+        'train, validation = (open_split(config_of(num_classes=3), name, data_dir, name == "train")'
+        ' for name in ("train", "validation"))\n'
+        'def read(i): return (train, validation)[i % 2].read(np.arange(13, dtype=np.int32), i)[1].sum()\n'
+        'with ThreadPoolExecutor(8) as pool: sums = list(pool.map(read, range(64)))\n'
+        'assert len(set(sums[::2])) == len(set(sums[1::2])) == 1'
+    )
+    command = [sys.executable, '-c', code]
+    assert subprocess.run(command, cwd=ROOT, env=environment(), timeout=200, check=False).returncode == 0
+
+
 def test_evaluation_sees_each_example_once(image_job: ImageJob) -> None:
     split = opened(image_job, 'validation', training=False)
     whole, _ = split.read(all_of(split), epoch=9)
