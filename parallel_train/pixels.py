@@ -61,8 +61,8 @@ class Decoder:
 
         options = tf.data.Options()
         options.autotune.enabled = False  # all there is to choose is chosen
-        # Threads of its own: a call waits in one of TensorFlow's for the images, and several calls, or one on a
-        # single core, would wait in all of them for images that no thread is left to decode.
+        # Threads of its own: a call waits in one of TensorFlow's for the images, and several calls, or one
+        # on a single core, would wait in all of them for images that no thread is left to decode.
         options.threading.private_threadpool_size = cores()
         function = tf.function(decode, input_signature=[text, numbers, tf.TensorSpec([], tf.int64)])
         self._decode = function.get_concrete_function()
