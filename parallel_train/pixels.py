@@ -51,9 +51,11 @@ class Decoder:
         self._tf, self._view = tf, view
         text, numbers = tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int64)
 
+        as_it_is = tf.autograph.experimental.do_not_convert  # there is no Python `if` in it to look for
+
         def decode(records: Any, examples: Any, epoch: Any) -> Any:
             images = tf.data.Dataset.from_tensor_slices((records, examples)).map(
-                lambda record, example: pixels_and_label(tf, view, record, example, epoch),
+                as_it_is(lambda record, example: pixels_and_label(tf, view, record, example, epoch)),
                 num_parallel_calls=cores(),
                 deterministic=True,
             )
@@ -64,7 +66,7 @@ class Decoder:
         # Threads of its own: a call waits in one of TensorFlow's for the images, and several calls, or one
         # on a single core, would wait in all of them for images that no thread is left to decode.
         options.threading.private_threadpool_size = cores()
-        function = tf.function(decode, input_signature=[text, numbers, tf.TensorSpec([], tf.int64)])
+        function = tf.function(as_it_is(decode), input_signature=[text, numbers, tf.TensorSpec([], tf.int64)])
         self._decode = function.get_concrete_function()
         self._one_at_a_time = threading.Lock()  # so that the first batch is soon there
 
