@@ -165,6 +165,7 @@ def test_two_processes_compute_what_one_does(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('model', ['cnn', 'own_models:Tiny'])
 def test_200_steps_on_all_device_and_process_counts(
     model: str, tree_job: Job, start: Start, tmp_path: Path
