@@ -40,7 +40,7 @@ def test_plain_tfds_reads_what_the_command_prepared(image_job: ImageJob) -> None
         assert not files
     builder = tfds.builder_from_directory(image_job.data_dir / 'pictures/1.0.0')
     assert tuple(builder.info.features['label'].names) == CLASSES
-    assert f'train: {len(list((image_job.source / "train").glob("*/*"))):,} images of' in image_job.said
+    assert f'train: {len(list((image_job.source / "train").glob("*/*"))):,} examples of' in image_job.said
 
 
 def test_it_is_prepared_once_and_from_one_folder(images: Path, tmp_path: Path) -> None:

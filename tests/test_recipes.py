@@ -68,6 +68,7 @@ def test_recipe_trains(name: str, dataset: str, model: str, tmp_path: Path) -> N
         config.num_train_examples = config.num_eval_examples = 0
     config.batch_size, config.eval_batch_size = 32, 64
     config.num_epochs = 3 / 8  # 3 steps of 256 examples
+    config.warmup_epochs = min(config.warmup_epochs, 1 / 8)
     config.log_every_steps = 1
     if config.schedule == 'cosine_restarts':
         config.restart_epochs = 1 / 8
