@@ -11,7 +11,6 @@ import dataclasses
 import math
 import os
 import re
-import threading
 from typing import Any
 
 import numpy as np
@@ -63,12 +62,8 @@ class Decoder:
 
         options = tf.data.Options()
         options.autotune.enabled = False  # all there is to choose is chosen
-        # Threads of its own: a call waits in one of TensorFlow's for the images, and several calls, or one
-        # on a single core, would wait in all of them for images that no thread is left to decode.
-        options.threading.private_threadpool_size = cores()
         function = tf.function(as_it_is(decode), input_signature=[text, numbers, tf.TensorSpec([], tf.int64)])
         self._decode = function.get_concrete_function()
-        self._one_at_a_time = threading.Lock()  # so that the first batch is soon there
 
     def __call__(
         self, records: list[bytes], examples: np.ndarray, epoch: int
@@ -84,12 +79,10 @@ class Decoder:
           Corrupt: one of them cannot be decoded.
         """
         tf = self._tf
-        arguments = (
-            tf.constant(records), tf.constant(examples.astype(np.int64)), tf.constant(epoch, tf.int64)
-        )  # fmt: skip
         try:
-            with self._one_at_a_time:
-                images, labels = self._decode(*arguments)
+            images, labels = self._decode(
+                tf.constant(records), tf.constant(examples.astype(np.int64)), tf.constant(epoch, tf.int64)
+            )
         except tf.errors.InvalidArgumentError:
             raise Corrupt from None
         return np.asarray(images), np.asarray(labels)  # views

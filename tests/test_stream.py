@@ -270,7 +270,7 @@ def test_too_many_corrupt_images_end_the_run(image_job: ImageJob) -> None:
 
 
 def test_many_threads_read_at_once_on_one_core(image_job: ImageJob) -> None:
-    """A call that waited in TensorFlow's own threads for others of them would wait for ever."""
+    """Nothing waits in one of TensorFlow's threads, here a single one, for what needs another."""
     code = (
         'import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n'
         'from concurrent.futures import ThreadPoolExecutor; from pathlib import Path; import numpy as np\n'
