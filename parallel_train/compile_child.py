@@ -60,7 +60,7 @@ def _row(
 
     def compile_config(changed: Any) -> Compiled:
         plan = make_plan(changed, sizes.num_train_examples, sizes.num_eval_examples, topology.num_devices)
-        say(f'compiling for {plan.num_devices} devices, {plan.per_device_batch_size} images a device')
+        say(f'compiling for {plan.num_devices} devices, {plan.per_device_batch_size} examples a device')
         compiled = compile_step(changed, sizes, plan, mesh, limit)
         say(
             f'{"fits" if compiled.fits else "does not fit"}: {compiled.needed_bytes / GIB:.2f} of '

@@ -21,7 +21,7 @@ from parallel_train.models.wide_resnet import WideResNet
 from parallel_train.plan import make_plan
 from parallel_train.state import create_model, initialise
 from parallel_train.step import make_train_step
-from tests.conftest import run_ok
+from tests.conftest import ROOT, run_ok
 from tests.test_compile import CNN_PARAMETERS, MAIN, METRICS, needs_libtpu
 from tests.test_step import distance, make_config, make_split, train
 from tests.test_text import make_config as make_text_config
@@ -136,17 +136,32 @@ def test_activations_computed_again_give_the_same_gradients(model: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(a))) + 1e-7)
 
 
-def test_activations_computed_again_take_less_memory() -> None:
-    """The step of a transformer, compiled for this CPU: the same update, with half of the temporaries."""
-    split, memory, after = make_text(64), {}, {}
+def test_activations_computed_again_give_the_same_steps() -> None:
+    split, after = make_text(64), {}
     start = train(make_text_config(), 1, 0, split)
     for remat in (False, True):
-        config = make_text_config(remat=remat, batch_size=64, shards=1)
-        # In one turn, as on accelerators.
-        memory[remat] = lowered(config, split, 1).compile().memory_analysis().temp_size_in_bytes
-        after[remat] = train(config, 1, 2, split)
-    assert memory[True] < 0.6 * memory[False]
+        after[remat] = train(make_text_config(remat=remat, batch_size=64, shards=1), 1, 2, split)
     assert distance(after[True].params, after[False].params, start.params) < 1e-4
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_activations_computed_again_take_less_memory_on_tpus(tmp_path: Path) -> None:
+    # XLA's compiler for CPUs may put the second computation where it frees nothing.
+    (tmp_path / 'train').mkdir()
+    (tmp_path / 'test').mkdir()
+    for split in ('train', 'test'):
+        (tmp_path / split / 'text').write_text('All work and no play makes a dull text. ' * 2000)
+    temporary = {}
+    for remat in (False, True):
+        flags = ['--config.batch_size=512', '--config.shards=8', f'--config.remat={remat}']
+        recipe = f'--config={ROOT / "configs" / "text_transformer.py"}'
+        result = run_ok(
+            'compile', recipe, *flags, '--topology=v5e:2x4', '--json', f'--data_dir={tmp_path}', timeout=900
+        )
+        [row] = json.loads(result.stdout)['topologies']
+        temporary[remat] = row['temporary_bytes']
+    assert temporary[True] < 0.5 * temporary[False]
 
 
 def test_a_divergence_is_traced_into_what_is_computed_again() -> None:
