@@ -33,8 +33,8 @@ def to_local(tree: Tree) -> Tree:
     return jax.lax.pcast(tree, (DATA_AXIS,), to='varying')
 
 
-def sum_over_devices(tree: Tree) -> Tree:
-    """Returns the tree summed over the devices, the same on each.
+def sum_over_devices(tree: Tree, groups: list[list[int]] | None = None) -> Tree:
+    """Returns the tree summed over the devices, the same on each; with `groups`, over each group of them.
 
     One `psum` of the whole tree, so that it compiles to one all-reduce per dtype. Scalars and vectors of
     a dtype travel as one array: the TPU compiler joins at most 256, and a ResNet-50 has more with its
@@ -47,7 +47,9 @@ def sum_over_devices(tree: Tree) -> Tree:
     }
     joined = {d: jax.flatten_util.ravel_pytree([leaves[i] for i in small[d]]) for d in small if small[d]}
     others = {i: leaf for i, leaf in enumerate(leaves) if not any(i in which for which in small.values())}
-    vectors, summed = jax.lax.psum(({d: vector for d, (vector, _) in joined.items()}, others), DATA_AXIS)
+    vectors, summed = jax.lax.psum(
+        ({d: vector for d, (vector, _) in joined.items()}, others), DATA_AXIS, axis_index_groups=groups
+    )
     for dtype, (_, unravel) in joined.items():
         summed.update(zip(small[dtype], unravel(vectors[dtype]), strict=True))
     return jax.tree.unflatten(structure, [summed[i] for i in range(len(leaves))])
@@ -75,23 +77,21 @@ def sum_step(sums: dict[str, Any], gradient_dtype: str) -> dict[str, Any]:
 def add_in_tree(tree: Tree, num_devices: int) -> Tree:
     """Returns the tree summed over the devices, the same on each, added in a fixed binary tree.
 
-    Pairs (i, i^1) exchange and add, then (i, i^2), and so on, so that devices 2k and 2k+1 are added first,
-    as neighbouring shards on one device are: the sum's bits depend on the order of the shards alone.
-    Addition commutes, so both of a pair get the same bits. The arrays travel as one.
+    Pairs (i, i^1) add theirs, then (i, i^2), and so on, so that devices 2k and 2k+1 are added first, as
+    neighbouring shards on one device are: the sum's bits depend on the order of the shards alone, as a sum of
+    two does not depend on who adds.
 
     Args:
       tree: of float32 arrays.
       num_devices: a power of two.
     """
-    flat, unravel = jax.flatten_util.ravel_pytree(tree)
-    assert flat.dtype == 'float32', flat.dtype
     distance = 1
     while distance < num_devices:
-        pairs = [(i, i ^ distance) for i in range(num_devices)]
-        # The barrier keeps the additions from being merged into something else.
-        flat = jax.lax.optimization_barrier(flat + jax.lax.ppermute(flat, DATA_AXIS, pairs))
+        pairs = [[i, i ^ distance] for i in range(num_devices) if not i & distance]
+        # Without the barrier XLA might make one sum, in an order of its own, out of several.
+        tree = jax.lax.optimization_barrier(sum_over_devices(tree, pairs))
         distance *= 2
-    return unravel(flat)
+    return tree
 
 
 def gather_from_devices(tree: Tree) -> Tree:

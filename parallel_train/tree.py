@@ -136,7 +136,7 @@ def _program(
     """Returns `function`, which one device runs, as a program of all of them."""
 
     def program(*args: Any) -> Any:
-        # Which values are the same on all devices cannot be told from `ppermute`, so it is not checked.
+        # That values are the same on all devices cannot be told from sums over pairs, so it is not checked.
         return jax.shard_map(
             function, mesh=mesh, in_specs=in_specs(*args), out_specs=out_specs, check_vma=False
         )(*args)
