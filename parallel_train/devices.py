@@ -11,7 +11,6 @@ import hashlib
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +29,7 @@ from parallel_train.mesh import backend_runs, make_mesh, start_devices, usable_c
 from parallel_train.plan import make_plan, mixes
 from parallel_train.state import initialise
 from parallel_train.step import make_train_step
+from parallel_train.stepper import stepper
 from parallel_train.workdir import planned_devices
 
 _ROUNDS, _SECONDS_PER_ROUND = 5, 0.4
@@ -154,16 +154,7 @@ def _stepper(config: Any, sizes: Sizes, count: int) -> Callable[[], float]:
     # However short the run is, and whatever epochs its schedule asks for.
     one_epoch.num_epochs, one_epoch.schedule = 1.0, 'constant'
     step = make_train_step(config, make_plan(one_epoch, batch, 1, count), mesh)
-    state = initialise(config, 0.0, mesh)
-
-    def run(steps: int) -> float:
-        nonlocal state
-        start = time.perf_counter()
-        for _ in range(steps):
-            state = step(state, data)
-        jax.block_until_ready(state.step)
-        return (time.perf_counter() - start) / steps
-
+    run = stepper(step, initialise(config, 0.0, mesh), data)
     run(2)  # the first compiles
     steps = max(1, round(_SECONDS_PER_ROUND / run(1)))
     return lambda: run(steps)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from parallel_train.plan import Plan, make_plan, mixes
 from parallel_train.roofline import Prediction, fit_cpu
 from parallel_train.schedule import create_learning_rate_fn
 from parallel_train.state import initialise
+from parallel_train.stepper import stepper
 
 _ROUNDS, _SECONDS_PER_ROUND = 15, 0.2  # short turns: what else the machine does hits all alike
 _CALIBRATION_SIZES = 2
@@ -106,12 +106,4 @@ def _stepper(config: Any, sizes: Sizes, mesh: Mesh, compiled: Compiled) -> Calla
         for name, x in data_shapes.items()
     }
 
-    def run(steps: int) -> float:
-        nonlocal state
-        start = time.perf_counter()
-        for _ in range(steps):
-            state = compiled.program(state, data)
-        jax.block_until_ready(state.step)
-        return (time.perf_counter() - start) / steps
-
-    return run
+    return stepper(compiled.program, state, data)

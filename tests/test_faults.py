@@ -299,14 +299,23 @@ def slow_undisturbed(tmp_path_factory: pytest.TempPathFactory, slow_job: Job) ->
     return workdir
 
 
+@contextlib.contextmanager
+def training_until_full(job: Job, disk: SmallDisk, folder: Path) -> Iterator[Processes]:
+    """Trains in `run` on the small disk, which is full from step 50 on."""
+    running = Processes(folder / 'job', [disk.inside(cli(*job.train(disk.inner / 'run')))], job.env)
+    try:
+        running.wait_until(lambda: max(checkpoint_steps(disk.path / 'run'), default=0) >= 50)
+        disk.fill()
+        yield running
+    finally:
+        running.close()
+
+
 def test_a_disk_that_is_full_for_a_while_costs_nothing(
     slow_job: Job, slow_undisturbed: Path, small_disk: SmallDisk, tmp_path: Path
 ) -> None:
-    workdir, inner = small_disk.path / 'run', small_disk.inner / 'run'
-    job = Processes(tmp_path / 'job', [small_disk.inside(cli(*slow_job.train(inner)))], slow_job.env)
-    try:
-        job.wait_until(lambda: max(checkpoint_steps(workdir), default=0) >= 50)
-        small_disk.fill()
+    workdir = small_disk.path / 'run'
+    with training_until_full(slow_job, small_disk, tmp_path) as job:
         job.wait_until(lambda: 'could not be written' in job.outputs() and 'kept in memory' in job.outputs())
         kept = checkpoint_steps(workdir)
         rows = (workdir / 'metrics.jsonl').read_text()
@@ -314,8 +323,6 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
         small_disk.make_room()
         [result] = job.results()
         assert result.code == 0, result
-    finally:
-        job.close()
     assert 'warning: the checkpoint of step ' in result.stdout
     assert 'No space left on device; kept in memory, tried again later' in result.stderr
     assert (workdir / 'metrics.jsonl').read_text().startswith(rows)
@@ -326,14 +333,9 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
 def test_a_disk_that_stays_full_ends_the_run_with_an_error(
     slow_job: Job, slow_undisturbed: Path, small_disk: SmallDisk, tmp_path: Path
 ) -> None:
-    workdir, inner = small_disk.path / 'run', small_disk.inner / 'run'
-    job = Processes(tmp_path / 'job', [small_disk.inside(cli(*slow_job.train(inner)))], slow_job.env)
-    try:
-        job.wait_until(lambda: max(checkpoint_steps(workdir), default=0) >= 50)
-        small_disk.fill()
+    workdir = small_disk.path / 'run'
+    with training_until_full(slow_job, small_disk, tmp_path) as job:
         [result] = job.results()
-    finally:
-        job.close()
     assert result.code == 1, result
     assert result.stderr.splitlines()[-1].startswith('OSError: the checkpoint of step 600 could not be')
     assert 'orbax' not in result.stderr  # no stacks of its threads
@@ -341,7 +343,8 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error(
     assert rows == want[: len(rows)]
     assert checkpoint_steps(workdir)  # the last good one stands, and the same command goes on from it
     small_disk.make_room()
-    again = Processes(tmp_path / 'again', [small_disk.inside(cli(*slow_job.train(inner)))], slow_job.env)
+    command = small_disk.inside(cli(*slow_job.train(small_disk.inner / 'run')))
+    again = Processes(tmp_path / 'again', [command], slow_job.env)
     [result] = again.results()
     assert result.code == 0 and 'resuming from step' in result.stdout, result
     assert_same_end(workdir, slow_undisturbed)
