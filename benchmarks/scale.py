@@ -11,6 +11,7 @@ from 1 is less than what either moves from round to round.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,19 @@ import overhead
 
 
 def open_scale(config: Any, data_dir: Path, devices: int, steps: int) -> Any:
-    """Returns the processes that `scale` measures this size in, compiled and warm."""
+    """Returns the processes that `scale` measures this size in."""
     from parallel_train import config as config_lib
     from parallel_train import dataset
     from parallel_train.scale_processes import Group
 
     sizes = dataset.find_sizes(config, data_dir)
     config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
-    group = Group({
+    return Group({
         'config': config.to_dict(),
         'size': {'num_devices': devices},
         'steps': steps,
         'data_dir': str(data_dir),
     })  # fmt: skip
-    group.ready()
-    return group
 
 
 def agrees(ratio: measure.Spread, *parts: measure.Spread) -> bool:
@@ -57,10 +56,13 @@ def main() -> None:
     config = measure.recipe(batch_size=args.batch_size)
     devices = measure.choose_devices(config, data_dir, args.devices)
     steps = args.images // args.batch_size
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         loop = measure.open_loop(config, data_dir, devices, Path(folder))
         bare = overhead.bare_step(loop, config, data_dir)
-        group = open_scale(config, data_dir, devices, steps)
+        stack.callback(loop.close)
+        group = stack.enter_context(open_scale(config, data_dir, devices, steps))
+        group.ready()
         values: dict[str, list[float]] = {name: [] for name in ('loop', 'bare', 'fed', 'resident')}
         for i in range(-1, args.rounds):  # the first compiles
             theirs = i % 2 == 0
@@ -72,8 +74,6 @@ def main() -> None:
                     values[name].append(rate)
                 for name in ('fed', 'resident'):
                     values[name].append(args.batch_size / turn[name])
-        group.close()
-        loop.close()
     spreads = {name: measure.Spread.of(each) for name, each in values.items()}
     ratios = {
         'with the feed': (measure.ratio(values['fed'], values['loop']), 'fed', 'loop'),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def _find_machine(config: Any, experiment: Experiment) -> dict[str, Any]:
         'most_devices': max(size.num_devices for size in experiment.sizes),
         'most_processes': max(size.num_processes for size in experiment.sizes),
     }
-    with _closing(Group(request)) as group:
+    with Group(request) as group:
         return group.ready()
 
 
@@ -158,7 +158,7 @@ def _measure(
             }
             several = size.num_processes > 1 and not stays
             environments = gpus_of_each(size.num_processes, size.num_devices) if several else ()
-            group = stack.enter_context(_closing(Group(request, size.num_processes, environments)))
+            group = stack.enter_context(Group(request, size.num_processes, environments))
             facts = group.ready()
             if size.key not in results['facts']:
                 say(f'{size.name}: compiled and warm after {facts["warm_up_seconds"]:.0f} s')
@@ -178,17 +178,6 @@ def _measure(
                 _write(folder, results, experiment)
                 rate = size.batch_size / turn['fed']
                 say(f'round {i + 1} of {max(missing.values())}: {size.name}: {rate:,.0f} {unit}/s')
-
-
-@contextlib.contextmanager
-def _closing(group: Group) -> Iterator[Group]:
-    """Lets the processes end well, or at once if something went wrong."""
-    try:
-        yield group
-    except BaseException:
-        group.kill()
-        raise
-    group.close()
 
 
 def _write(folder: Path, results: Results, experiment: Experiment) -> None:

@@ -66,6 +66,13 @@ class Group:
             self._tell(index, {'backwards': backwards})
         return self._answer('turn')
 
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Lets the processes end well, or ends them at once if something went wrong."""
+        self.kill() if error else self.close()
+
     def close(self) -> None:
         """Lets them end, and ends them."""
         for process in self._processes:
