@@ -150,7 +150,7 @@ def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
     known: dict[str, Any]
     stream.check_fields(config, of_function=is_import_path(config.dataset))
     if is_import_path(config.dataset):
-        known, source = _sizes_of_function(config, data_dir)
+        known, source = _sizes_of_function(config, data_dir, must_know=len(given) < len(_SIZE_FIELDS))
     elif data_dir is not None and (prepared := find_prepared(config.dataset, data_dir)):
         known, source = _sizes_of_prepared(config, data_dir, prepared)
     else:
@@ -219,10 +219,18 @@ def _ranges(prepared: Prepared, config: Any, field: str) -> list[tuple[str, int,
         raise UserError(f'config.{field}={getattr(config, field)!r}: {error}') from error
 
 
-def _sizes_of_function(config: Any, data_dir: Path | None) -> tuple[dict[str, Any], str]:
-    train, evaluation = (
-        _call(config.dataset, split, data_dir) for split in (config.train_split, config.eval_split)
-    )
+def _sizes_of_function(
+    config: Any, data_dir: Path | None, must_know: bool
+) -> tuple[dict[str, Any], str]:  # fmt: skip
+    import_object('dataset', config.dataset)
+    try:
+        train, evaluation = (
+            _call(config.dataset, split, data_dir) for split in (config.train_split, config.eval_split)
+        )
+    except UserError:  # its data are not here; whoever trains will be told
+        if must_know:
+            raise
+        return {}, ''
     shapes = train.images.shape[1:], evaluation.images.shape[1:]
     if shapes[0] != shapes[1]:
         raise UserError(

@@ -148,10 +148,6 @@ def test_activations_computed_again_give_the_same_steps() -> None:
 @pytest.mark.slow
 def test_activations_computed_again_take_less_memory_on_tpus(tmp_path: Path) -> None:
     # XLA's compiler for CPUs may put the second computation where it frees nothing.
-    (tmp_path / 'train').mkdir()
-    (tmp_path / 'test').mkdir()
-    for split in ('train', 'test'):
-        (tmp_path / split / 'text').write_text('All work and no play makes a dull text. ' * 2000)
     temporary = {}
     for remat in (False, True):
         flags = ['--config.batch_size=512', '--config.shards=8', f'--config.remat={remat}']

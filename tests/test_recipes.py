@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from parallel_train import UserError, make_plan, start_devices, train_and_evaluate
 from parallel_train import config as config_lib
-from parallel_train import make_plan, start_devices, train_and_evaluate
+from parallel_train.dataset import find_sizes
 from tests.conftest import ROOT, read_rows
 
 start_devices(8)
@@ -79,3 +80,23 @@ def test_recipe_trains(name: str, dataset: str, model: str, tmp_path: Path) -> N
     assert [row['step'] for row in train] == [1, 2, 3]
     assert all(math.isfinite(row['loss']) and row['grad_norm'] > 0 for row in train)
     assert rows[-1]['split'] == 'eval' and rows[-1]['num_examples'] == 64
+
+
+@pytest.mark.parametrize(
+    'recipe',
+    sorted(set((ROOT / 'configs').glob('*.py')) - {ROOT / 'configs' / 'default.py'}),
+    ids=lambda p: p.stem,
+)
+def test_recipe_is_planned_without_its_data(recipe: Path, tmp_path: Path) -> None:
+    config = config_lib.complete(config_lib.load(recipe))
+    sizes = find_sizes(config, tmp_path)
+    plan = make_plan(config, sizes.num_train_examples, sizes.num_eval_examples, 1)
+    assert plan.num_steps > 0 and sizes.source
+
+
+def test_functions_are_imported_even_where_their_data_are_not_needed(tmp_path: Path) -> None:
+    config = config_lib.complete(load('text_transformer'))
+    config = config.copy_and_resolve_references().unlock()
+    config.dataset = 'parallel_train.text:absent'
+    with pytest.raises(UserError, match="parallel_train.text has no 'absent'"):
+        find_sizes(config, tmp_path)
