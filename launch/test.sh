@@ -5,5 +5,5 @@ set -euo pipefail
 case $0 in */*) cd -- "${0%/*}/.." ;; *) cd .. ;; esac
 source launch/setup.sh
 setup_environment test
-# Two at a time: most of a test is start-up, which uses one core.
-exec "$python" -m pytest -n 2 --dist loadfile -m 'not slow' "$@"
+# Two at a time: most of a test is start-up, which uses one core. In conftest.py's order.
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' "$@"

@@ -119,6 +119,12 @@ config.learning_rate = 0.05
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no core waits at the end for the other's long one."""
+    slow = {item.path for item in items if item.get_closest_marker('slow')}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     code: int
