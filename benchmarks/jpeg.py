@@ -96,18 +96,16 @@ def bare(config: Any, data_dir: Path, count: int) -> Callable[[], int]:
 
     from parallel_train.dataset import open_split
     from parallel_train.machine import cores
-    from parallel_train.pixels import View, window_of
+    from parallel_train.pixels import View, sides_of, windows_of
 
     split = open_split(config, 'train', data_dir, training=True)
     records = split._records(np.arange(len(split)))
     features = {'image': tf.io.FixedLenFeature((), tf.string)}
     images = [tf.io.parse_single_example(record, features)['image'].numpy() for record in records]
     view = View(SIZE, config.crop_fraction, config.seed)
-    windows = []
-    for i in range(count):
-        shape = tf.io.extract_jpeg_shape(images[i % len(images)])
-        key = tf.constant(i, tf.int64), tf.constant(0, tf.int64)
-        windows.append(window_of(tf, view, shape[0], shape[1], *key).numpy())
+    indices = np.arange(count) % len(images)
+    sides = np.array([sides_of(images[i]) for i in indices])
+    windows = windows_of(view, sides, np.arange(count), 0)
     held = tf.constant(images)
 
     def decode(i: Any, window: Any) -> Any:
@@ -117,8 +115,7 @@ def bare(config: Any, data_dir: Path, count: int) -> Callable[[], int]:
     options = tf.data.Options()
     options.threading.private_threadpool_size = cores()
     options.autotune.enabled = False
-    indices = np.arange(count) % len(images)
-    data = tf.data.Dataset.from_tensor_slices((indices, np.array(windows)))
+    data = tf.data.Dataset.from_tensor_slices((indices, windows))
     data = data.map(decode, num_parallel_calls=cores(), deterministic=False).with_options(options)
     return lambda: sum(1 for _ in data)
 

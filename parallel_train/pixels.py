@@ -8,7 +8,7 @@ function of (seed, epoch, example). The only file that computes with TensorFlow.
 from __future__ import annotations
 
 import dataclasses
-import math
+import io
 import os
 import re
 from typing import Any
@@ -48,22 +48,21 @@ class Decoder:
     def __init__(self, view: View):
         tf = _tensorflow()
         self._tf, self._view = tf, view
-        text, numbers = tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int64)
+        specs = [tf.TensorSpec([None], tf.string), tf.TensorSpec([None, 4], tf.int32)]
 
         as_it_is = tf.autograph.experimental.do_not_convert  # there is no Python `if` in it to look for
 
-        def decode(records: Any, examples: Any, epoch: Any) -> Any:
-            images = tf.data.Dataset.from_tensor_slices((records, examples)).map(
-                as_it_is(lambda record, example: pixels_and_label(tf, view, record, example, epoch)),
+        def decode(images: Any, windows: Any) -> Any:
+            pixels = tf.data.Dataset.from_tensor_slices((images, windows)).map(
+                as_it_is(lambda image, window: pixels_of(tf, view, image, window)),
                 num_parallel_calls=cores(),
                 deterministic=True,
             )
-            return images.batch(tf.size(records, tf.int64)).with_options(options).get_single_element()
+            return pixels.batch(tf.size(images, tf.int64)).with_options(options).get_single_element()
 
         options = tf.data.Options()
         options.autotune.enabled = False  # all there is to choose is chosen
-        function = tf.function(as_it_is(decode), input_signature=[text, numbers, tf.TensorSpec([], tf.int64)])
-        self._decode = function.get_concrete_function()
+        self._decode = tf.function(as_it_is(decode), input_signature=specs).get_concrete_function()
 
     def __call__(
         self, records: list[bytes], examples: np.ndarray, epoch: int
@@ -79,19 +78,31 @@ class Decoder:
           Corrupt: one of them cannot be decoded.
         """
         tf = self._tf
+        images, labels = zip(*map(self._parsed, records), strict=True)
+        sides = np.array([sides_of(image) for image in images])
+        windows = windows_of(self._view, sides, examples, epoch)
         try:
-            images, labels = self._decode(
-                tf.constant(records), tf.constant(examples.astype(np.int64)), tf.constant(epoch, tf.int64)
-            )
+            pixels = self._decode(tf.constant(images), tf.constant(windows, tf.int32))
         except tf.errors.InvalidArgumentError:
             raise Corrupt from None
-        return np.asarray(images), np.asarray(labels)  # views
+        return np.asarray(pixels), np.array(labels)  # the pixels a view
+
+    def _parsed(self, record: bytes) -> tuple[bytes, int]:
+        from google.protobuf.message import DecodeError
+
+        try:
+            features = self._tf.train.Example.FromString(record).features.feature
+            return features['image'].bytes_list.value[0], features['label'].int64_list.value[0]
+        except (DecodeError, IndexError):
+            raise Corrupt from None
 
     def explain(self, record: bytes) -> tuple[int | None, str]:
         """Returns the label of a record whose image does not decode, None if it has none; and the reason."""
         tf, label = self._tf, None
+        text, number = (tf.io.FixedLenFeature((), kind) for kind in (tf.string, tf.int64))
+        features = {'image': text, 'label': number}
         try:
-            parsed = tf.io.parse_single_example(record, _features(tf))
+            parsed = tf.io.parse_single_example(record, features)
             label = int(parsed['label'])
             tf.io.decode_image(parsed['image'], channels=3, expand_animations=False)
         except tf.errors.InvalidArgumentError as error:  # '{{where}} reason [Op:what] name:'
@@ -99,71 +110,84 @@ class Decoder:
         return label, 'what the crop needs of it'
 
 
-def pixels_and_label(tf: Any, view: View, record: Any, example: Any, epoch: Any) -> Any:
-    """Returns the pixels of one record, uint8 [size, size, 3], and its label, as tensors."""
-    parsed = tf.io.parse_single_example(record, _features(tf))
-    data = parsed['image']
-    image = tf.cond(
-        tf.io.is_jpeg(data),
-        lambda: _crop_of_jpeg(tf, view, data, example, epoch),
-        lambda: _crop_of_other(tf, view, data, example, epoch),
+def pixels_of(tf: Any, view: View, image: Any, window: Any) -> Any:
+    """Returns the pixels of a stored image within a window, uint8 [size, size, 3], as tensors."""
+    crop = tf.cond(
+        tf.io.is_jpeg(image),
+        lambda: _crop_of_jpeg(tf, view, image, window),
+        lambda: _crop_of_other(tf, image, window),
     )
-    image.set_shape([None, None, 3])
-    resized = tf.image.resize(image, (view.size, view.size))  # bilinear
-    return tf.cast(resized + 0.5, tf.uint8), parsed['label']
+    crop.set_shape([None, None, 3])
+    resized = tf.image.resize(crop, (view.size, view.size))  # bilinear
+    return tf.cast(resized + 0.5, tf.uint8)
 
 
-def _features(tf: Any) -> dict[str, Any]:
-    return {'image': tf.io.FixedLenFeature((), tf.string), 'label': tf.io.FixedLenFeature((), tf.int64)}
-
-
-def _crop_of_jpeg(tf: Any, view: View, data: Any, example: Any, epoch: Any) -> Any:
-    shape = tf.io.extract_jpeg_shape(data)
-    window = window_of(tf, view, shape[0], shape[1], example, epoch)
-
+def _crop_of_jpeg(tf: Any, view: View, image: Any, window: Any) -> Any:
     def at_scale(scale: int) -> Any:
         # Of libjpeg: the inverse transform gives fewer pixels, each the mean of those that it stands for.
-        return lambda: tf.io.decode_and_crop_jpeg(data, window // scale, channels=3, ratio=scale)
+        return lambda: tf.io.decode_and_crop_jpeg(image, window // scale, channels=3, ratio=scale)
 
     enough = tf.reduce_min(window[2:]) // view.size
     smaller = sum(tf.cast(enough >= scale, tf.int32) for scale in (2, 4, 8))
     return tf.switch_case(smaller, [at_scale(scale) for scale in (1, 2, 4, 8)])
 
 
-def _crop_of_other(tf: Any, view: View, data: Any, example: Any, epoch: Any) -> Any:
-    image = tf.io.decode_image(data, channels=3, expand_animations=False)
-    shape = tf.shape(image)
-    top, left, height, width = tf.unstack(window_of(tf, view, shape[0], shape[1], example, epoch))
-    return image[top : top + height, left : left + width]
+def _crop_of_other(tf: Any, image: Any, window: Any) -> Any:
+    pixels = tf.io.decode_image(image, channels=3, expand_animations=False)
+    top, left, height, width = tf.unstack(window)
+    return pixels[top : top + height, left : left + width]
 
 
-def window_of(tf: Any, view: View, height: Any, width: Any, example: Any, epoch: Any) -> Any:
-    """Returns which part of an image is seen: int32 (top, left, height, width), in its pixels.
+def sides_of(image: bytes) -> tuple[int, int]:
+    """Returns height and width of a stored image, by its header. Corrupt: it has none."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(image)) as header:
+            return header.height, header.width
+    except (OSError, Image.DecompressionBombError):
+        raise Corrupt from None
+
+
+def windows_of(view: View, sides: np.ndarray, examples: np.ndarray, epoch: int) -> np.ndarray:
+    """Returns which part of each image is seen: int32 [n, 4] of (top, left, height, width), in its pixels.
 
     Random-resized crop: a share of the area, uniform in `AREA`; a ratio of the sides, log-uniform in `RATIO`;
     the first of `TRIES` that lies within the image, at a place that is uniform too. Where none does, and
     where nothing is random: the square at the centre whose side is `crop_fraction` of the shorter one, which
     is what resizing the shorter side to size / crop_fraction and cutting out the centre gives.
+
+    Args:
+      view: what is seen.
+      sides: int [n, 2], height and width of each image.
+      examples: int [n], which decide with `epoch` and the view's seed what is random.
+      epoch: from 0.
     """
-    sides = tf.stack([height, width])
-    side = tf.cast(tf.round(view.crop_fraction * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32)
-    square = tf.maximum(tf.stack([side, side]), 1)
-    centred = tf.concat([(sides - square) // 2, square], 0)
+    squares = np.maximum(np.rint(view.crop_fraction * sides.min(axis=1, keepdims=True)), 1).astype(np.int32)
+    centred = np.concatenate([(sides - squares) // 2, squares, squares], axis=1).astype(np.int32)
     if view.seed is None:
         return centred
-    key = tf.stack([tf.constant(view.seed << 31, tf.int64) + epoch, example])
-    draws = tf.random.stateless_uniform([TRIES, 4], key, alg='philox')
-    area = AREA[0] + (AREA[1] - AREA[0]) * draws[:, 0]
-    low, high = (math.log(ratio) for ratio in RATIO)
-    ratio = tf.exp(low + (high - low) * draws[:, 1])
-    pixels = area * tf.cast(height, tf.float32) * tf.cast(width, tf.float32)
-    sizes = tf.cast(tf.round(tf.sqrt(tf.stack([pixels / ratio, pixels * ratio], axis=1))), tf.int32)
-    fits = tf.reduce_all((sizes >= 1) & (sizes <= sides), axis=1)
-    first = tf.argmax(tf.cast(fits, tf.int32))  # the first of the largest
-    size = sizes[first]
-    corner = tf.cast(draws[first, 2:] * tf.cast(sides - size + 1, tf.float32), tf.int32)
-    corner = tf.minimum(corner, sides - size)  # a draw just below 1 is rounded up
-    return tf.where(fits[first], tf.concat([corner, size], 0), centred)
+    area, ratio, *place = np.moveaxis(_draws(view.seed, epoch, examples), -1, 0)  # each [n, TRIES]
+    pixels = (AREA[0] + (AREA[1] - AREA[0]) * area) * sides.prod(axis=1, keepdims=True)
+    low, high = np.log(RATIO)
+    ratio = np.exp(low + (high - low) * ratio)
+    sizes = np.rint(np.sqrt(np.stack([pixels / ratio, pixels * ratio], axis=-1))).astype(np.int32)
+    room = sides[:, None] - sizes  # [n, TRIES, 2]
+    fits = ((sizes >= 1) & (room >= 0)).all(axis=-1)
+    corners = (np.stack(place, axis=-1) * (room + 1)).astype(np.int32)
+    chosen = np.arange(len(sides)), fits.argmax(axis=1)
+    tried = np.concatenate([corners, sizes], axis=-1)[chosen]
+    return np.where(fits[chosen][:, None], tried, centred)
+
+
+def _draws(seed: int, epoch: int, examples: np.ndarray) -> np.ndarray:
+    """Returns numbers uniform in [0, 1), float64 [n, TRIES, 4], those of an example a function of its own.
+
+    The stream of Philox (Salmon et al. 2011), whose words NumPy promises not to change.
+    """
+    keys = (((seed << 31) + epoch, int(example)) for example in examples)
+    words = [np.random.Philox(key=key).random_raw(4 * TRIES) for key in keys]
+    return (np.array(words).reshape(-1, TRIES, 4) >> np.uint64(11)) * 2.0**-53
 
 
 def _tensorflow() -> Any:

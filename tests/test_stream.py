@@ -160,22 +160,10 @@ def test_a_resume_is_as_fast_and_the_same_at_any_step(image_job: ImageJob) -> No
 
 
 def windows(height: int, width: int, count: int, **view: Any) -> np.ndarray:
-    import tensorflow as tf
-
-    from parallel_train.pixels import View, window_of
+    from parallel_train.pixels import View, windows_of
 
     seen = View(**{'size': 224, 'crop_fraction': 0.875, 'seed': 3, **view})
-    epoch = tf.constant(5, tf.int64)
-
-    @tf.function
-    def all_windows(examples: Any) -> Any:
-        return tf.map_fn(
-            lambda example: window_of(tf, seen, height, width, example, epoch),
-            examples,
-            fn_output_signature=tf.TensorSpec([4], tf.int32),
-        )
-
-    return np.asarray(all_windows(tf.range(count, dtype=tf.int64)))
+    return windows_of(seen, np.tile([height, width], (count, 1)), np.arange(count), 5)
 
 
 def test_random_resized_crops_are_those_of_the_paper() -> None:
@@ -198,6 +186,24 @@ def test_no_crop_fits_a_sliver_and_then_it_is_the_centre() -> None:
     assert windows(10, 1000, 1).tolist() == [[0, 495, 9, 9]]  # 0.875 of 10 pixels, rounded
     assert windows(256, 341, 1, seed=None).tolist() == [[16, 58, 224, 224]]
     assert windows(1, 1, 5).tolist() == [[0, 0, 1, 1]] * 5
+
+
+def test_a_crop_is_a_function_of_its_own_example_and_epoch_and_never_changes() -> None:
+    from parallel_train.pixels import View, windows_of
+
+    view, sides = View(224, 0.875, seed=3), np.array([[375, 500], [500, 375], [333, 500], [375, 500]])
+    all_at_once = windows_of(view, sides, np.array([7, 8, 9, 7]), 5)
+    each = [windows_of(view, sides[i : i + 1], np.array([n]), 5)[0] for i, n in enumerate((7, 8, 9, 7))]
+    assert np.array_equal(all_at_once, each)
+    assert np.array_equal(all_at_once[0], all_at_once[3])
+    assert not np.array_equal(all_at_once[0], windows_of(view, sides[:1], np.array([7]), 6)[0])
+    # Pinned: a checkpoint's run goes on with the crops that it began with.
+    assert all_at_once.tolist() == [
+        [77, 166, 187, 213],
+        [78, 19, 405, 327],
+        [0, 206, 242, 230],
+        [77, 166, 187, 213],
+    ]
 
 
 @pytest.mark.parametrize(
