@@ -89,7 +89,7 @@ def _join_job(values: Any) -> Limits:
 def compile_step(config: Any, values: Any) -> None:
     from parallel_train import config as config_lib
     from parallel_train import dataset, topologies
-    from parallel_train.compile import compile_for
+    from parallel_train.compile import CompilerFailed, compile_for
     from parallel_train.show_compile import compile_table
 
     if not values.topology:
@@ -99,11 +99,17 @@ def compile_step(config: Any, values: Any) -> None:
     wanted = [topologies.parse(name) for name in dict.fromkeys(map(str.strip, values.topology.split(',')))]
     sizes = dataset.find_sizes(config, dataset.default_data_dir(values.data_dir))
     config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
-    rows = compile_for(config, sizes, wanted, values.fit)
+    failure = None
+    try:
+        rows = compile_for(config, sizes, wanted, values.fit)
+    except CompilerFailed as failed:  # what the others gave is not lost
+        rows, failure = failed.rows, failed
     if values.json:
         print(json.dumps({'topologies': rows}, indent=2))
-    else:
+    elif rows:
         print(compile_table(rows, config, sizes.source))
+    if failure:
+        raise failure
     misfits = [row['topology'] for row in rows if not row['fits']]
     if misfits:
         raise DoesNotFit(f'does not fit: {", ".join(misfits)}')

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from parallel_train.topologies import Topology
 
 Row = dict[str, Any]
 
+_STACK_BYTES = 1 << 30  # taken as it is used
+
 # libtpu finds out about the machine that it runs on, and complains where that is no TPU.
 _CHILD_ENVIRONMENT = {
     'JAX_PLATFORMS': 'cpu',
@@ -34,6 +37,14 @@ _CHILD_ENVIRONMENT = {
     'TPU_STDERR_LOG_LEVEL': '3',
     'TF_CPP_MIN_LOG_LEVEL': '3',
 }
+
+
+class CompilerFailed(RuntimeError):
+    """A compiler crashed. `rows` are of the topologies for which none did."""
+
+    def __init__(self, message: str, rows: Sequence[Row] = ()):
+        super().__init__(message)
+        self.rows = list(rows)
 
 
 def compile_for(config: Any, sizes: Sizes, topologies: Sequence[Topology], fit: bool) -> list[Row]:
@@ -51,6 +62,7 @@ def compile_for(config: Any, sizes: Sizes, topologies: Sequence[Topology], fit: 
     Raises:
       UserError: batch and devices do not fit together, the model fails, libtpu is not installed, or the step
         is not one program (`reduction='tree'`).
+      CompilerFailed: a compiler crashed; it has the rows of the others.
     """
     if config.reduction != 'pmean':
         raise UserError(
@@ -66,12 +78,17 @@ def compile_for(config: Any, sizes: Sizes, topologies: Sequence[Topology], fit: 
                 f'topology={topology.name!r}: needs libtpu, the compiler for TPUs, which is not installed; '
                 "install the extra: pip install 'parallel-train[tpu]'"
             )
-    rows = []
+    rows, failures = [], []
     for topology in topologies:
-        if plans[topology.name] is None and not fit:
-            rows.append(_row_of_too_few_shards(config, sizes, topology))
-        else:
-            rows.append(_run_child(config, sizes, topology, fit))
+        try:
+            if plans[topology.name] is None and not fit:
+                rows.append(_row_of_too_few_shards(config, sizes, topology))
+            else:
+                rows.append(_run_child(config, sizes, topology, fit))
+        except CompilerFailed as failure:
+            failures.append(str(failure))
+    if failures:
+        raise CompilerFailed('\n'.join(failures), rows)
     return rows
 
 
@@ -119,8 +136,9 @@ def _run_child(config: Any, sizes: Sizes, topology: Topology, fit: bool) -> Row:
     command = [sys.executable, '-m', 'parallel_train.compile_child']
     with tempfile.TemporaryFile('w+') as log:
         child = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-        )
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            preexec_fn=_with_deep_stack,
+        )  # fmt: skip
         try:
             assert child.stdin and child.stdout
             print(json.dumps(request), file=child.stdin, flush=True)
@@ -131,8 +149,16 @@ def _run_child(config: Any, sizes: Sizes, topology: Topology, fit: bool) -> Row:
             child.wait()
         if row is None:
             log.seek(0)
-            raise RuntimeError(f'{topology.name}: the compiler ended with code {code}:\n{log.read()[-4000:]}')
+            message = f'{topology.name}: the compiler ended with code {code}:\n{log.read()[-4000:]}'
+            raise CompilerFailed(message)
     return row
+
+
+def _with_deep_stack() -> None:
+    """libtpu recurses over a program's operations: on 8 MiB a ResNet-50 for v6e:8x8 ends in a crash."""
+    _, most = resource.getrlimit(resource.RLIMIT_STACK)
+    wanted = _STACK_BYTES if most == resource.RLIM_INFINITY else min(_STACK_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_STACK, (wanted, most))
 
 
 def _listen(messages: IO[str], name: str) -> Row | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import psutil
 import pytest
 
 from parallel_train import config as config_lib
@@ -23,7 +25,7 @@ from parallel_train.plan import make_plan
 from parallel_train.schedule import create_learning_rate_fn
 from parallel_train.show_compile import compile_table
 from parallel_train.state import initialise
-from tests.conftest import ROOT, environment, run_cli, run_ok
+from tests.conftest import ROOT, cli, environment, run_cli, run_ok
 from tests.test_step import make_config, make_split
 
 start_devices(8)
@@ -121,6 +123,21 @@ def test_table(cpu_run: tuple[list[dict[str, Any]], str], recipe: Path) -> None:
     for part in ('Memory of a device', 'Predicted', 'Measured here', 'Plan', '1 all-reduce, 3.298 MB'):
         assert part in table, table
     assert table.count('\n  cpu:2 ') == 5
+
+
+def test_a_compiler_that_crashes_is_told_beside_the_rows_of_the_others(recipe: Path, data_dir: Path) -> None:
+    flags = [f'--config={recipe}', f'--data_dir={data_dir}', '--topology=cpu:1,cpu:16', '--json']
+    running = subprocess.Popen(
+        cli('compile', *flags), cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert running.stderr and 'cpu:1: compiling' in running.stderr.readline()
+    [compiler] = psutil.Process(running.pid).children()
+    compiler.send_signal(signal.SIGSEGV)
+    stdout, stderr = running.communicate(timeout=100)
+    assert running.returncode == 1 and 'cpu:1: the compiler ended with code -11' in stderr, stderr
+    [row] = json.loads(stdout)['topologies']
+    assert row['topology'] == 'cpu:16' and '8 shards are too few' in row['why']
 
 
 # ---------------------------------------------------------------- bad input
