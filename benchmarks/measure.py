@@ -206,9 +206,10 @@ def open_loop(config: Any, data_dir: Path, num_devices: int, workdir: Path) -> L
 
 def choose_devices(config: Any, data_dir: Path, asked: int | None, workdir: Path | None = None) -> int:
     """Starts JAX as `train` would, and returns how many devices it would use."""
-    from parallel_train import dataset, devices
+    from parallel_train import devices
+    from parallel_train.sizes import find_sizes
 
-    sizes = dataset.find_sizes(config, data_dir)
+    sizes = find_sizes(config, data_dir)
     return devices.choose_devices(config, sizes, asked, workdir, say=lambda _: None)
 
 

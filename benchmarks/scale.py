@@ -23,10 +23,10 @@ import overhead
 def open_scale(config: Any, data_dir: Path, devices: int, steps: int) -> Any:
     """Returns the processes that `scale` measures this size in."""
     from parallel_train import config as config_lib
-    from parallel_train import dataset
     from parallel_train.scale_processes import Group
+    from parallel_train.sizes import find_sizes
 
-    sizes = dataset.find_sizes(config, data_dir)
+    sizes = find_sizes(config, data_dir)
     config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
     return Group({
         'config': config.to_dict(),

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from parallel_train import roofline
 from parallel_train.compiled import compile_step
-from parallel_train.dataset import Sizes
 from parallel_train.plan import Plan
+from parallel_train.sizes import Sizes
 from parallel_train.topologies import CHIPS, TPU_SHAPES, Topology, parse
 
 # What JAX calls a device (`device_kind`), in lower case -> what it is called in topologies.py.

@@ -49,8 +49,9 @@ def plan(config: Any, values: Any) -> None:
     from parallel_train import dataset
     from parallel_train.plan import make_plan
     from parallel_train.show_plan import plan_table
+    from parallel_train.sizes import find_sizes
 
-    sizes = dataset.find_sizes(config, dataset.default_data_dir(values.data_dir))
+    sizes = find_sizes(config, dataset.default_data_dir(values.data_dir))
     config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
     count = values.devices
     if count is None:
@@ -91,13 +92,14 @@ def compile_step(config: Any, values: Any) -> None:
     from parallel_train import dataset, topologies
     from parallel_train.compile import CompilerFailed, compile_for
     from parallel_train.show_compile import compile_table
+    from parallel_train.sizes import find_sizes
 
     if not values.topology:
         raise UserError('topology: is missing; name some hardware, such as --topology=v5e:2x4,v5e:16x16')
     if values.devices is not None:
         raise UserError(f'devices={values.devices}: compile takes the number of devices from --topology')
     wanted = [topologies.parse(name) for name in dict.fromkeys(map(str.strip, values.topology.split(',')))]
-    sizes = dataset.find_sizes(config, dataset.default_data_dir(values.data_dir))
+    sizes = find_sizes(config, dataset.default_data_dir(values.data_dir))
     config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
     failure = None
     try:
@@ -121,13 +123,14 @@ def scale(config: Any, values: Any) -> None:
     from parallel_train import dataset, scale_sizes
     from parallel_train.scale import run_scale
     from parallel_train.show_scale import scale_table
+    from parallel_train.sizes import find_sizes
 
     if not values.device_counts:
         raise UserError('device_counts: is missing; name some, such as --device_counts=1,2,4,8')
     if values.devices is not None:
         raise UserError(f'devices={values.devices}: scale takes the numbers of devices from --device_counts')
     data_dir = dataset.default_data_dir(values.data_dir)
-    sizes = dataset.find_sizes(config, data_dir)
+    sizes = find_sizes(config, data_dir)
     config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
     experiment = scale_sizes.plan_experiment(
         config,

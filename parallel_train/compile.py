@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from parallel_train.dataset import Sizes
 from parallel_train.errors import UserError
 from parallel_train.plan import Plan, make_plan
+from parallel_train.sizes import Sizes
 from parallel_train.topologies import Topology
 
 Row = dict[str, Any]

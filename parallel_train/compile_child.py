@@ -15,9 +15,9 @@ from typing import Any
 
 from parallel_train import config as config_lib
 from parallel_train import topologies
-from parallel_train.dataset import Sizes
 from parallel_train.errors import UserError
 from parallel_train.plan import make_plan
+from parallel_train.sizes import Sizes
 
 GIB = topologies.GIB
 _WITHOUT_SHARDS_UNIT = 8  # images: what a device's memory is laid out in

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from parallel_train import roofline
 from parallel_train.compiled import Compiled
-from parallel_train.dataset import Sizes
 from parallel_train.measure_cpu import measure_on_cpu
+from parallel_train.sizes import Sizes
 from parallel_train.topologies import GIB, Topology
 
 _OF_THE_PLAN = (

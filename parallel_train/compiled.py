@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from parallel_train import batches
-from parallel_train.dataset import Sizes
 from parallel_train.examples import layout
 from parallel_train.hlo import Collective, collectives
 from parallel_train.mesh import is_cpu, replicated
 from parallel_train.plan import Plan
 from parallel_train.schedule import create_learning_rate_fn
+from parallel_train.sizes import Sizes
 from parallel_train.state import TrainState, abstract_state
 from parallel_train.step import make_train_step
 from parallel_train.traffic import hbm_bytes

@@ -1,8 +1,8 @@
 """What is in the dataset, as arrays?
 
-`find_sizes` tells how much, with or without the data; `open_split` gives the examples. The images
-of a prepared set are decoded once, into memory-mapped files (decoded.py), or where `config.image_size`
-is set, each when it is wanted (stream.py).
+The images of a prepared set are decoded once, into memory-mapped files (decoded.py), or where
+`config.image_size` is set, each when it is wanted (stream.py). How many there are, also without the
+data: sizes.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import numpy as np
 
 from parallel_train import stream
 from parallel_train.config import import_object
-from parallel_train.decode import image_shape
 from parallel_train.decoded import load_decoded
 from parallel_train.errors import UserError
 from parallel_train.examples import tokens_of
-from parallel_train.known_sets import check_known, stated_sizes
+from parallel_train.known_sets import check_known
 from parallel_train.paths import opened
-from parallel_train.prepared import Prepared, find_prepared
+from parallel_train.prepared import find_prepared
 
 _IMPORT_PATH = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*$')
 
@@ -65,21 +64,6 @@ class Split:
 AnySplit: TypeAlias = Split | stream.StreamedSplit
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """How many examples there are and what they look like; `source` says in words who says so."""
-
-    num_train_examples: int
-    num_eval_examples: int
-    input_shape: tuple[int, ...]
-    num_classes: int
-    source: str
-
-
-# The fields of Sizes that a config may give as well.
-_SIZE_FIELDS = ('num_train_examples', 'num_eval_examples', 'input_shape', 'num_classes')
-
-
 def open_split(config: Any, split: str, data_dir: Path, training: bool = False) -> AnySplit:
     """Opens a split as the config wants its images: all decoded, or each when it is wanted.
 
@@ -115,7 +99,7 @@ def load_split(name: str, split: str, data_dir: Path) -> Split:
         shape with an integer label, or no room for the decoded images.
     """
     if is_import_path(name):
-        return _call(name, split, data_dir)
+        return call_function(name, split, data_dir)
     prepared = find_prepared(name, data_dir)
     if prepared is None:
         raise not_prepared(name, data_dir)
@@ -132,54 +116,6 @@ def load_split(name: str, split: str, data_dir: Path) -> Split:
     return Split(all_images, all_labels, names)
 
 
-def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
-    """Sizes from the prepared set, else from TFDS's metadata, else from the config's own fields.
-
-    Args:
-      config: ConfigDict with `dataset`, `train_split`, `eval_split` and the fields
-        `num_train_examples`, `num_eval_examples` (both after slicing), `input_shape` and
-        `num_classes`, where 0 and () stand for "not given".
-      data_dir: where prepared sets lie; None: nowhere.
-
-    Raises UserError if a given shape or number of classes contradicts the data, a given count the
-    split as sliced, or if a size stays unknown.
-    """
-    given = {field: getattr(config, field) for field in _SIZE_FIELDS if getattr(config, field)}
-    if 'input_shape' in given:
-        given['input_shape'] = tuple(given['input_shape'])
-    known: dict[str, Any]
-    stream.check_fields(config, of_function=is_import_path(config.dataset))
-    if is_import_path(config.dataset):
-        known, source = _sizes_of_function(config, data_dir, must_know=len(given) < len(_SIZE_FIELDS))
-    elif data_dir is not None and (prepared := find_prepared(config.dataset, data_dir)):
-        known, source = _sizes_of_prepared(config, data_dir, prepared)
-    else:
-        for field, split in [
-            ('num_train_examples', config.train_split),
-            ('num_eval_examples', config.eval_split),
-        ]:
-            match = re.fullmatch(r'[\w-]+\[(\d*):(\d+)\]', split)
-            if match and field in given:
-                length = int(match[2]) - int(match[1] or 0)
-                _compare(field, given[field], length, f'the split {split!r}')
-        known, source = stated_sizes(config.dataset, must_know=len(given) < len(_SIZE_FIELDS))
-    if config.image_size:  # whatever the set's own images are
-        given.pop('input_shape', None)
-        known['input_shape'] = stream.shape_of(config)
-    for field in ('input_shape', 'num_classes'):  # counts are fallbacks: the data knows better
-        if field in known and field in given:
-            _compare(field, given[field], known[field], source)
-    missing = [field for field in _SIZE_FIELDS if field not in known and field not in given]
-    if missing:
-        raise UserError(
-            f'dataset={config.dataset!r} is not prepared in data_dir={data_dir} and TFDS has no '
-            'record of its sizes: run `prepare`, or set ' + ', '.join(f'config.{field}' for field in missing)
-        )
-    from_config = [f'config.{field}' for field in _SIZE_FIELDS if field not in known]
-    sources = ([source] if source else []) + from_config
-    return Sizes(**{**given, **known}, source=', '.join(sources))
-
-
 def is_import_path(name: str) -> bool:
     """Whether a dataset is named by import path, `package.module:function`."""
     return bool(_IMPORT_PATH.match(name))
@@ -194,68 +130,9 @@ def not_prepared(name: str, data_dir: Path) -> UserError:
     )
 
 
-def _sizes_of_prepared(config: Any, data_dir: Path, prepared: Prepared) -> tuple[dict[str, Any], str]:
-    train = _ranges(prepared, config, 'train_split')
-    evaluation = _ranges(prepared, config, 'eval_split')
-    num_classes = prepared.features.num_classes
-    if num_classes is None and config.image_size:
-        num_classes = stream.given_classes(config)
-    if num_classes is None:  # plain integers: the labels themselves tell
-        splits = (config.train_split, config.eval_split)
-        num_classes = max(load_split(config.dataset, s, data_dir).num_classes for s in splits)
-    known = {
-        'num_train_examples': sum(stop - start for _, start, stop in train),
-        'num_eval_examples': sum(stop - start for _, start, stop in evaluation),
-        'input_shape': () if config.image_size else image_shape(prepared, train[0][0]),
-        'num_classes': num_classes,
-    }
-    return known, f'the prepared set {prepared.path}'
-
-
-def _ranges(prepared: Prepared, config: Any, field: str) -> list[tuple[str, int, int]]:
-    try:
-        return prepared.ranges(getattr(config, field))
-    except UserError as error:
-        raise UserError(f'config.{field}={getattr(config, field)!r}: {error}') from error
-
-
-def _sizes_of_function(
-    config: Any, data_dir: Path | None, must_know: bool
-) -> tuple[dict[str, Any], str]:  # fmt: skip
-    import_object('dataset', config.dataset)
-    try:
-        train, evaluation = (
-            _call(config.dataset, split, data_dir) for split in (config.train_split, config.eval_split)
-        )
-    except UserError:  # its data are not here; whoever trains will be told
-        if must_know:
-            raise
-        return {}, ''
-    shapes = train.images.shape[1:], evaluation.images.shape[1:]
-    if shapes[0] != shapes[1]:
-        raise UserError(
-            f'config.dataset={config.dataset!r}: examples of the train split are {shapes[0]} and those of '
-            f'the eval split {shapes[1]}; they must be of one shape'
-        )
-    known = {
-        'num_train_examples': len(train.images),
-        'num_eval_examples': len(evaluation.images),
-        'input_shape': train.images.shape[1:],
-        'num_classes': max(train.num_classes, evaluation.num_classes),
-    }
-    return known, f'the function {config.dataset}'
-
-
-def _compare(field: str, given: Any, actual: Any, source: str) -> None:
-    if given != actual:
-        raise UserError(
-            f'config.{field}={given} contradicts {source}, which gives {actual}: '
-            f'set config.{field}={actual}, or leave it out'
-        )
-
-
 @functools.lru_cache(maxsize=2)  # its sizes are asked for first, then its examples
-def _call(name: str, split: str, data_dir: Path | None) -> Split:
+def call_function(name: str, split: str, data_dir: Path | None) -> Split:
+    """Returns what a function that stands for a dataset gives. UserError: not what it must be."""
     function = import_object('dataset', name)
     if not callable(function):
         raise UserError(f'config.dataset={name!r}: must name a function')

@@ -15,6 +15,7 @@ from parallel_train.errors import UserError
 from parallel_train.evaluate import Evaluator
 from parallel_train.load import load_state
 from parallel_train.mesh import make_mesh, replicated
+from parallel_train.sizes import Sizes
 
 # What `evaluate --config` may change: on what and how it is evaluated, not what was trained.
 _OF_EVALUATION = (
@@ -61,7 +62,7 @@ def evaluate_run(config: Any, values: Any, workdir: Path) -> None:
             f'config.dataset={trained.dataset!r}: has examples {shape} in {classes} classes, but the model '
             f'in {workdir} takes {tuple(trained.input_shape)} and knows {trained.num_classes}'
         )
-    sizes = dataset.Sizes(0, len(split), shape, classes, '')
+    sizes = Sizes(0, len(split), shape, classes, '')
     count = choose_devices(trained, sizes, values.devices, workdir, lambda _: None, measure=False)
     if trained.reduction == 'tree' and trained.shards % count:
         raise UserError(

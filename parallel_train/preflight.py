@@ -17,6 +17,7 @@ from parallel_train import dataset, processes
 from parallel_train import workdir as workdir_lib
 from parallel_train.forward import check_model_and_loss
 from parallel_train.plan import make_plan
+from parallel_train.sizes import Sizes, find_sizes
 from parallel_train.stream import StreamedSplit
 
 _SAMPLED = 64  # images whose pixels are compared between processes
@@ -27,7 +28,7 @@ class Job:
     """What was asked for, checked: a complete config, and its dataset."""
 
     config: Any
-    sizes: dataset.Sizes
+    sizes: Sizes
     train_split: dataset.AnySplit
     eval_split: dataset.AnySplit
     devices: int | None
@@ -42,7 +43,7 @@ def check_job(
       UserError: config, model, loss, dataset, plan or workdir are wrong; the message names what.
     """
     config = config_lib.complete(config)
-    sizes = dataset.find_sizes(config, data_dir)
+    sizes = find_sizes(config, data_dir)
     config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
     check_model_and_loss(config)
     workdir_lib.check(workdir, config, allow_plan_change)

@@ -16,12 +16,12 @@ from typing import Any
 
 from parallel_train import config as config_lib
 from parallel_train import scale_figures, workdir
-from parallel_train.dataset import Sizes
 from parallel_train.errors import UserError
 from parallel_train.examples import unit_of
 from parallel_train.files import check_writable, write_atomically
 from parallel_train.scale_processes import Group, gpus_of_each
 from parallel_train.scale_sizes import Experiment, Size, config_of
+from parallel_train.sizes import Sizes
 
 RESULTS = 'scale.json'
 Results = dict[str, Any]  # what scale.json holds

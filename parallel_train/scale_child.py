@@ -110,6 +110,7 @@ class Bench:
         from parallel_train.mesh import is_cpu, make_mesh, start_devices
         from parallel_train.plan import make_plan
         from parallel_train.schedule import create_learning_rate_fn
+        from parallel_train.sizes import find_sizes
         from parallel_train.state import initialise
         from parallel_train.step import make_train_step
 
@@ -120,7 +121,7 @@ class Bench:
         # The state is donated to each step, so a stretch starts from a copy of it.
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
         self._config, self._steps = config, steps
-        self._sizes = dataset.find_sizes(config, data_dir)
+        self._sizes = find_sizes(config, data_dir)
         self._split = dataset.open_split(config, config.train_split, data_dir, training=True)
         self._mesh = make_mesh(num_devices)
         self._plan = make_plan(

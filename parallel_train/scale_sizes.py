@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from parallel_train.config_fields import nearest
-from parallel_train.dataset import Sizes
 from parallel_train.errors import UserError
 from parallel_train.plan import make_plan
+from parallel_train.sizes import Sizes
 
 MODES = ('weak', 'strong')
 LEAD = 5  # steps before the timed ones of a stretch: more than a feed keeps ready

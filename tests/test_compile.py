@@ -19,11 +19,11 @@ from parallel_train import config as config_lib
 from parallel_train import start_devices
 from parallel_train.batches import HostFeed, ResidentFeed
 from parallel_train.compiled import needed_bytes, step_shapes
-from parallel_train.dataset import Sizes
 from parallel_train.mesh import make_mesh
 from parallel_train.plan import make_plan
 from parallel_train.schedule import create_learning_rate_fn
 from parallel_train.show_compile import compile_table
+from parallel_train.sizes import Sizes
 from parallel_train.state import initialise
 from tests.conftest import ROOT, cli, environment, run_cli, run_ok
 from tests.test_step import make_config, make_split

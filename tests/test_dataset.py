@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from parallel_train.dataset import find_sizes, load_split
+from parallel_train.dataset import load_split
 from parallel_train.errors import UserError
 from parallel_train.prepare import SYSTEM_FOLDER, prepare
 from parallel_train.prepared import find_prepared
+from parallel_train.sizes import find_sizes
 from tests.test_idx import pairs, pattern
 
 

@@ -65,7 +65,8 @@ def test_a_cold_load_imports_no_tensorflow_and_a_warm_one_no_tfds(undecoded: Pat
     code = f"""
 import sys
 from pathlib import Path
-from parallel_train.dataset import load_split, find_sizes
+from parallel_train.dataset import load_split
+from parallel_train.sizes import find_sizes
 from parallel_train.config import complete, default_config
 data_dir = Path({str(undecoded)!r})
 for split in ('train', 'test', 'train[:150]', 'train[10%:]'):

@@ -10,8 +10,8 @@ import pytest
 
 from parallel_train import config as config_lib
 from parallel_train import devices
-from parallel_train.dataset import Sizes
 from parallel_train.mesh import start_devices
+from parallel_train.sizes import Sizes
 from tests.models_for_tests import tiny
 
 start_devices(8)

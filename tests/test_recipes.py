@@ -10,7 +10,7 @@ import pytest
 
 from parallel_train import UserError, make_plan, start_devices, train_and_evaluate
 from parallel_train import config as config_lib
-from parallel_train.dataset import find_sizes
+from parallel_train.sizes import find_sizes
 from tests.conftest import ROOT, read_rows
 
 start_devices(8)

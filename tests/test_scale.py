@@ -15,13 +15,13 @@ import pytest
 from parallel_train import scale_figures, start_devices
 from parallel_train.chip_here import chip_name, topology_of
 from parallel_train.config import Config, complete
-from parallel_train.dataset import Sizes
 from parallel_train.errors import UserError
 from parallel_train.mesh import make_mesh
 from parallel_train.plan import make_plan
 from parallel_train.scale_child import Bench
 from parallel_train.scale_processes import gpus_of_each
 from parallel_train.scale_sizes import Experiment, Size, modes_of, numbers, plan_experiment
+from parallel_train.sizes import Sizes
 from parallel_train.state import initialise
 from parallel_train.step import make_train_step
 from tests.conftest import ROOT, Result, environment, run_cli, snapshot

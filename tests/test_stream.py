@@ -19,10 +19,11 @@ from PIL import Image
 
 from parallel_train import start_devices
 from parallel_train.config import complete, default_config
-from parallel_train.dataset import find_sizes, open_split
+from parallel_train.dataset import open_split
 from parallel_train.errors import UserError
 from parallel_train.order import epoch_batches, eval_batches
 from parallel_train.plan import make_plan
+from parallel_train.sizes import find_sizes
 from tests.conftest import (
     ROOT,
     ImageJob,

@@ -19,10 +19,11 @@ import pytest
 from parallel_train import UserError, losses, start_devices, text
 from parallel_train import config as config_lib
 from parallel_train.batches import HostFeed
-from parallel_train.dataset import Split, find_sizes, load_split
+from parallel_train.dataset import Split, load_split
 from parallel_train.evaluate import Evaluator
 from parallel_train.forward import check_model_and_loss
 from parallel_train.mesh import make_mesh
+from parallel_train.sizes import find_sizes
 from parallel_train.state import create_model, initialise
 from tests.conftest import ROOT, Job, environment, read_rows, run_ok, write_recipe
 from tests.test_step import distance, train
