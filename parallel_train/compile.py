@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,8 +23,6 @@ from parallel_train.sizes import Sizes
 from parallel_train.topologies import Topology
 
 Row = dict[str, Any]
-
-_STACK_BYTES = 1 << 30  # taken as it is used
 
 # libtpu finds out about the machine that it runs on, and complains where that is no TPU.
 _CHILD_ENVIRONMENT = {
@@ -136,9 +133,8 @@ def _run_child(config: Any, sizes: Sizes, topology: Topology, fit: bool) -> Row:
     command = [sys.executable, '-m', 'parallel_train.compile_child']
     with tempfile.TemporaryFile('w+') as log:
         child = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            preexec_fn=_with_deep_stack,
-        )  # fmt: skip
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        )
         try:
             assert child.stdin and child.stdout
             print(json.dumps(request), file=child.stdin, flush=True)
@@ -152,13 +148,6 @@ def _run_child(config: Any, sizes: Sizes, topology: Topology, fit: bool) -> Row:
             message = f'{topology.name}: the compiler ended with code {code}:\n{log.read()[-4000:]}'
             raise CompilerFailed(message)
     return row
-
-
-def _with_deep_stack() -> None:
-    """libtpu recurses over a program's operations: on 8 MiB a ResNet-50 for v6e:8x8 ends in a crash."""
-    _, most = resource.getrlimit(resource.RLIMIT_STACK)
-    wanted = _STACK_BYTES if most == resource.RLIM_INFINITY else min(_STACK_BYTES, most)
-    resource.setrlimit(resource.RLIMIT_STACK, (wanted, most))
 
 
 def _listen(messages: IO[str], name: str) -> Row | None:
