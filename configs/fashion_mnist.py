@@ -16,15 +16,18 @@ def get_config() -> config_dict.ConfigDict:
     config.dataset = 'fashion_mnist'
     config.model = 'cnn'
 
-    config.batch_size = 128
+    config.batch_size = 256
     config.shards = 8  # the same result on 1, 2, 4 and 8 devices
     config.num_epochs = 10.0
 
     config.schedule = 'cosine'
-    config.learning_rate = 0.1
+    config.learning_rate = 0.2
     config.warmup_epochs = 1.0
     config.optimizer = 'sgd'
     config.momentum = 0.9
+
+    config.pixel_mean = (0.286,)  # of the train images
+    config.pixel_std = (0.353,)
 
     # For planning without the data.
     config.num_train_examples = 60_000
