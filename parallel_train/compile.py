@@ -145,7 +145,10 @@ def _run_child(config: Any, sizes: Sizes, topology: Topology, fit: bool) -> Row:
             child.wait()
         if row is None:
             log.seek(0)
-            message = f'{topology.name}: the compiler ended with code {code}:\n{log.read()[-4000:]}'
+            remedy = '' if topology.is_cpu else (
+                '. Another version of libtpu may do: pip install --upgrade --no-deps libtpu'
+            )  # fmt: skip
+            message = f'{topology.name}: the compiler ended with code {code}{remedy}\n{log.read()[-4000:]}'
             raise CompilerFailed(message)
     return row
 
