@@ -2,8 +2,8 @@
 
 Command:  ./launch/quickstart.sh
           (python -m parallel_train train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist)
-Hardware: any; 2 CPU cores, 4 XLA devices: 5.2 minutes of stepping on a busy machine.
-Result:   test accuracy 0.9235 after the last step, seed 0.
+Hardware: any; 2 CPU cores, 4 XLA devices: 2.6 minutes of stepping.
+Result:   test accuracy after the last step 0.9313, 0.9316, 0.9296 (seeds 0, 1, 2): mean 0.931.
 """
 
 from ml_collections import config_dict

@@ -43,8 +43,8 @@ def finish(
     seconds = dict(clock.seconds)
     seconds['step'] = max(clock.total() - sum(seconds.values()), 0.0)
     results = _results(config, plan, rows, recorder)
-    results['sha256 of the parameters'] = parameters_sha256(state)
-    for name, text in results.items():
+    digest = parameters_sha256(state)
+    for name, text in {**results, 'sha256 of the parameters': digest}.items():
         print(f'{name}: {text}')
     spent = sorted(seconds.items(), key=lambda item: -item[1])
     print('time: ' + ', '.join(f'{name} {value:.1f} s' for name, value in spent))
@@ -54,6 +54,7 @@ def finish(
         seconds=seconds,
         environment=environment(),
         command=command(),
+        parameters_sha256=digest,
     )
     report = write_report(workdir, summary, plan.rate, _samples(config, state, eval_split))
     print(f'report: {absolute(report)}', flush=True)

@@ -40,7 +40,7 @@ class Summary:
     title: the page's heading; results: label to text, the large tiles ('test accuracy': '0.9251');
     seconds: part of the run to wall seconds ('step', 'compile', 'data wait', 'eval', 'save',
     'start-up'); environment: label to text (versions, device kind); command: how the run was started,
-    '' for one rebuilt from the config.
+    '' for one rebuilt from the config; parameters_sha256: what a run that computes the same ends with.
     """
 
     title: str
@@ -48,6 +48,7 @@ class Summary:
     seconds: Mapping[str, float]
     environment: Mapping[str, str]
     command: str = ''
+    parameters_sha256: str = ''
 
 
 def write_report(
@@ -94,7 +95,7 @@ def write_report(
         _sample_grid(samples),
         section('Config', pairs_table(config)),
         section('Environment', pairs_table(summary.environment)),
-        section('Reproduce', _reproduce(summary.command, config)),
+        section('Reproduce', _reproduce(summary.command, config, summary.parameters_sha256)),
     ]
     page = page_of(summary.title, ''.join(sections))
     write_atomically(workdir / 'report.html', page)
@@ -271,7 +272,7 @@ def _data_url(image: np.ndarray) -> str:
     return f'data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}'
 
 
-def _reproduce(command: str, config: Mapping[str, Any]) -> str:
+def _reproduce(command: str, config: Mapping[str, Any], parameters_sha256: str) -> str:
     if not command:
         given = {
             key: tuple(value) if isinstance(value, list) else value
@@ -285,4 +286,5 @@ def _reproduce(command: str, config: Mapping[str, Any]) -> str:
         ]
         words += [shlex.quote(f'--config.{key}={value}') for key, value in given.items()]
         command = ' '.join(words)
-    return f'<pre>{escape(command)}</pre><p class="muted note">The config in full is above.</p>'
+    digest = f' sha256 of the parameters: {parameters_sha256}.' if parameters_sha256 else ''
+    return f'<pre>{escape(command)}</pre><p class="muted note">The config in full is above.{digest}</p>'

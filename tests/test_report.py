@@ -33,6 +33,7 @@ SUMMARY = Summary(
     },
     environment={'jax': '0.10.2', 'device kind': 'cpu & "friends"'},
     command='python -m parallel_train train --config=configs/fashion_mnist.py',
+    parameters_sha256='7248c84026feb918' * 4,
 )
 CHARTS = ['schedule', 'loss', 'accuracy', 'throughput']
 
@@ -298,3 +299,12 @@ def test_import_is_light() -> None:
         'assert not heavy, heavy'
     )
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_the_digest_of_the_parameters_stands_where_a_run_is_repeated(tmp_path: Path) -> None:
+    page = report(tmp_path, full_run())
+    tiles, reproduce = (
+        page.partition('class="tiles"')[2].partition('</dl>')[0],
+        page.partition('>Reproduce<')[2],
+    )
+    assert SUMMARY.parameters_sha256 in reproduce and SUMMARY.parameters_sha256 not in tiles
