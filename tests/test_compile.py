@@ -150,7 +150,7 @@ def test_a_compiler_that_crashes_is_told_beside_the_rows_of_the_others(recipe: P
         (['--topology=v5e:3x3'], ["topology='v5e:3x3'", 'v5e:{2x2', 'cpu:N']),
         (['--topology=cpu:8', '--devices=8'], ['devices=8', '--topology']),
         (['--topology=cpu:8', '--config.shards=0', '--config.batch_size=100'], ['batch_size=100', '96, 104']),
-        (['--topology=cpu:8', '--fit', '--config.shards=3'], ['batch_size=128', 'shards=3', '126, 129']),
+        (['--topology=cpu:8', '--fit', '--config.shards=3'], ['batch_size=256', 'shards=3', '255, 258']),
         (['--topology=cpu:3'], ['shards=8', '3 × 1']),
         (['--topology=cpu:2', '--config.model=own:Gone'], ["model='own:Gone'", 'cannot import own']),
     ],
