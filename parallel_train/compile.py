@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -145,7 +146,7 @@ def _run_child(config: Any, sizes: Sizes, topology: Topology, fit: bool) -> Row:
             child.wait()
         if row is None:
             log.seek(0)
-            remedy = '' if topology.is_cpu else (
+            remedy = '' if topology.is_cpu or code != -signal.SIGSEGV else (
                 '. Another version of libtpu may do: pip install --upgrade --no-deps libtpu'
             )  # fmt: skip
             message = f'{topology.name}: the compiler ended with code {code}{remedy}\n{log.read()[-4000:]}'

@@ -20,7 +20,7 @@ import numpy as np
 from parallel_train import stream
 from parallel_train.config import import_object
 from parallel_train.decoded import load_decoded
-from parallel_train.errors import UserError
+from parallel_train.errors import NoData, UserError
 from parallel_train.examples import tokens_of
 from parallel_train.known_sets import check_known
 from parallel_train.paths import opened
@@ -138,10 +138,10 @@ def call_function(name: str, split: str, data_dir: Path | None) -> Split:
         raise UserError(f'config.dataset={name!r}: must name a function')
     try:
         result = function(split, data_dir)
-    except UserError:
-        raise
+    except UserError as error:
+        raise NoData(str(error)) from error
     except Exception as error:
-        raise UserError(
+        raise NoData(
             f'config.dataset={name!r}: fails when called as function({split!r}, {str(data_dir)!r}): '
             f'{type(error).__name__}: {error}'
         ) from error

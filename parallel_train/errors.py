@@ -15,6 +15,10 @@ class UserError(ValueError):
     on_every_process = False
 
 
+class NoData(UserError):
+    """A function that stands for a dataset fails, as where its data are not here."""
+
+
 class Diverged(RuntimeError):
     """Loss, gradient or state are no longer finite.
 

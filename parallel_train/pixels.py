@@ -43,7 +43,10 @@ class View:
 
 
 class Decoder:
-    """Turns records into pixels, a batch at a time, in one thread a core: `tf.data`'s, not Python's."""
+    """Turns records into pixels, a batch at a time.
+
+    Where to crop is chosen in the caller's thread; `tf.data` decodes and crops, in one thread a core.
+    """
 
     def __init__(self, view: View):
         tf = _tensorflow()
@@ -107,6 +110,10 @@ class Decoder:
             tf.io.decode_image(parsed['image'], channels=3, expand_animations=False)
         except tf.errors.InvalidArgumentError as error:  # '{{where}} reason [Op:what] name:'
             return label, re.sub(r'\{\{.*?\}\} | ?\[Op:.*', '', error.message.splitlines()[0])[:200]
+        try:
+            sides_of(parsed['image'].numpy())
+        except Corrupt as error:
+            return label, str(error)
         return label, 'what the crop needs of it'
 
 
@@ -145,8 +152,8 @@ def sides_of(image: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(image)) as header:
             return header.height, header.width
-    except (OSError, Image.DecompressionBombError):
-        raise Corrupt from None
+    except Exception as error:  # Pillow's parsers raise many kinds
+        raise Corrupt(f'{type(error).__name__}: {error}') from None
 
 
 def windows_of(view: View, sides: np.ndarray, examples: np.ndarray, epoch: int) -> np.ndarray:

@@ -79,7 +79,7 @@ def add_in_tree(tree: Tree, num_devices: int) -> Tree:
 
     Pairs (i, i^1) add theirs, then (i, i^2), and so on, so that devices 2k and 2k+1 are added first, as
     neighbouring shards on one device are: the sum's bits depend on the order of the shards alone, as a sum of
-    two does not depend on who adds.
+    two does not depend on who adds (but for the sign of a zero that is the sum of two negative ones).
 
     Args:
       tree: of float32 arrays.

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from parallel_train import stream
-from parallel_train.config import import_object
 from parallel_train.dataset import call_function, is_import_path, load_split
 from parallel_train.decode import image_shape
-from parallel_train.errors import UserError
+from parallel_train.errors import NoData, UserError
 from parallel_train.known_sets import stated_sizes
 from parallel_train.prepared import Prepared, find_prepared
 
@@ -33,6 +32,9 @@ _SIZE_FIELDS = ('num_train_examples', 'num_eval_examples', 'input_shape', 'num_c
 
 def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
     """Sizes from the prepared set, else from TFDS's metadata, else from the config's own fields.
+
+    Those of a function from what it returns; where it fails, as without its data, from the config's fields
+    if all are given.
 
     Args:
       config: ConfigDict with `dataset`, `train_split`, `eval_split` and the fields
@@ -107,13 +109,12 @@ def _ranges(prepared: Prepared, config: Any, field: str) -> list[tuple[str, int,
 def _sizes_of_function(
     config: Any, data_dir: Path | None, must_know: bool
 ) -> tuple[dict[str, Any], str]:  # fmt: skip
-    import_object('dataset', config.dataset)
     try:
         train, evaluation = (
             call_function(config.dataset, split, data_dir)
             for split in (config.train_split, config.eval_split)
         )
-    except UserError:  # its data are not here; whoever trains will be told
+    except NoData:  # whoever trains will be told
         if must_know:
             raise
         return {}, ''

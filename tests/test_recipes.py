@@ -100,3 +100,6 @@ def test_functions_are_imported_even_where_their_data_are_not_needed(tmp_path: P
     config.dataset = 'parallel_train.text:absent'
     with pytest.raises(UserError, match="parallel_train.text has no 'absent'"):
         find_sizes(config, tmp_path)
+    config.dataset = 'parallel_train.text:LENGTH'
+    with pytest.raises(UserError, match='must name a function'):
+        find_sizes(config, tmp_path)

@@ -207,6 +207,32 @@ def test_a_crop_is_a_function_of_its_own_example_and_epoch_and_never_changes() -
     ]
 
 
+def record_of(image: bytes) -> bytes:
+    """Returns a record with an image and the label 7, as it is stored."""
+    import tensorflow as tf
+
+    features = {
+        'image': tf.train.Feature(bytes_list=tf.train.BytesList(value=[image])),
+        'label': tf.train.Feature(int64_list=tf.train.Int64List(value=[7])),
+    }
+    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+
+
+def test_an_image_whose_header_is_refused_is_corrupt_and_told_why() -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    from parallel_train.pixels import Corrupt, Decoder, View
+
+    text, file = PngInfo(), io.BytesIO()
+    text.add_text('comment', 'x' * 2**21, zip=True)  # more than Pillow unpacks
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file, 'png', pnginfo=text)
+    decoder, record = Decoder(View(4, 1.0)), record_of(file.getvalue())
+    with pytest.raises(Corrupt):
+        decoder([record], np.array([0]), 0)
+    label, reason = decoder.explain(record)
+    assert label == 7 and reason.startswith('ValueError: '), reason
+
+
 @pytest.mark.parametrize(
     'kind, form, factor',
     [
@@ -221,17 +247,11 @@ def test_a_crop_is_a_function_of_its_own_example_and_epoch_and_never_changes() -
 )
 def test_pixels_are_those_of_an_independent_decoder(kind: str, form: str, factor: int) -> None:
     """Pillow's decoder and resampling; at 5 times the size, the JPEG is decoded at a quarter of its scale."""
-    import tensorflow as tf
-
     from parallel_train.pixels import Decoder, View
 
     smooth = Image.fromarray(picture(1, 40, 48, np.random.default_rng(0))).resize((96 * factor, 80 * factor))
     data = encoded(np.asarray(smooth), kind, form)
-    features = {
-        'image': tf.train.Feature(bytes_list=tf.train.BytesList(value=[data])),
-        'label': tf.train.Feature(int64_list=tf.train.Int64List(value=[7])),
-    }
-    record = tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+    record = record_of(data)
     images, labels = Decoder(View(64, 0.8))([record], np.array([0]), 0)
     assert labels.tolist() == [7]
     with Image.open(io.BytesIO(data)) as image:
