@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ml_collections import config_dict
 
-from parallel_train.config import load
+from parallel_train.config import default_config, load
 
 
 def get_config() -> config_dict.ConfigDict:
@@ -22,5 +22,5 @@ def get_config() -> config_dict.ConfigDict:
     config.learning_rate = 0.05
     config.restart_epochs = 10.0  # T_0: cycles end after epochs 10, 30, 70 and 150
     config.restart_multiplier = 2.0  # T_mult
-    config.decay_epochs = ()  # of the rate in steps
+    config.decay_epochs, config.decay_factor = (), default_config().decay_factor  # of the rate in steps
     return config
