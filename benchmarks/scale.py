@@ -59,8 +59,8 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         loop = measure.open_loop(config, data_dir, devices, Path(folder))
-        bare = overhead.bare_step(loop, config, data_dir)
         stack.callback(loop.close)
+        bare = overhead.bare_step(loop, config, data_dir)
         group = stack.enter_context(open_scale(config, data_dir, devices, steps))
         group.ready()
         values: dict[str, list[float]] = {name: [] for name in ('loop', 'bare', 'fed', 'resident')}

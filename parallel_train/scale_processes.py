@@ -71,9 +71,9 @@ class Group:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """Lets the processes end well, or ends them at once if something went wrong."""
-        self.kill() if error else self.close()
+        self._kill() if error else self._close()
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Lets them end, and ends them."""
         for process in self._processes:
             assert process.stdin
@@ -86,7 +86,7 @@ class Group:
                 process.wait()
         self._drop()
 
-    def kill(self) -> None:
+    def _kill(self) -> None:
         """Ends them at once: nobody is left behind when something went wrong."""
         for process in self._processes:
             process.kill()

@@ -106,9 +106,7 @@ def _ranges(prepared: Prepared, config: Any, field: str) -> list[tuple[str, int,
         raise UserError(f'config.{field}={getattr(config, field)!r}: {error}') from error
 
 
-def _sizes_of_function(
-    config: Any, data_dir: Path | None, must_know: bool
-) -> tuple[dict[str, Any], str]:  # fmt: skip
+def _sizes_of_function(config: Any, data_dir: Path | None, must_know: bool) -> tuple[dict[str, Any], str]:
     try:
         train, evaluation = (
             call_function(config.dataset, split, data_dir)

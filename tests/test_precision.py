@@ -146,7 +146,6 @@ def test_activations_computed_again_give_the_same_steps() -> None:
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.long
 def test_activations_computed_again_take_less_memory_on_tpus(tmp_path: Path) -> None:
     # XLA's compiler for CPUs may put the second computation where it frees nothing.
     temporary = {}
