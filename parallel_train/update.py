@@ -37,22 +37,26 @@ def apply_update(state: TrainState, sums: Sums, plan: Plan, skip_nonfinite: int)
     skipped = state.skipped + jnp.where(finite | frozen, 0, 1)
     goes_on = skipped <= skip_nonfinite
 
-    def take() -> TrainState:
+    def take(carry: tuple[jax.Array, TrainState]) -> tuple[jax.Array, TrainState]:
+        weight, state = carry
         new = state.apply_gradients(
             grads=jax.tree.map(lambda g: g / weight, sums['grads']),
             batch_stats=jax.tree.map(lambda s: s / plan.shards, sums['batch_stats']),
         )
-        return new.replace(sums=jax.tree.map(jnp.add, state.sums, measured), ema=_averages(state, new))
+        new = new.replace(sums=jax.tree.map(jnp.add, state.sums, measured), ema=_averages(state, new))
+        return jnp.zeros_like(weight), new
 
-    def leave_out() -> TrainState:
-        def counted(old: jax.Array, new: jax.Array) -> jax.Array:
-            is_count = jnp.issubdtype(new.dtype, jnp.integer)  # the step's and the optimizer's
-            return jnp.where(goes_on, new, old) if is_count else old
+    def counted(old: jax.Array, new: jax.Array, taken: jax.Array) -> jax.Array:
+        is_count = jnp.issubdtype(new.dtype, jnp.integer)  # the step's and the optimizer's
+        return jnp.where(goes_on, new, old) if is_count else taken
 
-        return jax.tree.map(counted, state, state.apply_gradients(grads=sums['grads']))
-
-    # Not by `where` over both: that would read and write every array once more in each good step.
-    return jax.lax.cond(finite & goes_on, take, leave_out).replace(skipped=skipped)
+    # A loop of one turn or none changes the state in place. `where` over both states, or the branches of
+    # `cond`, would read and write arrays once more in each good step, and a division by what no turn
+    # changes would be moved in front of the loop, as one more pass over the gradient.
+    to_apply = jnp.where(finite & goes_on, weight, 0)
+    _, taken = jax.lax.while_loop(lambda carry: carry[0] != 0, take, (to_apply, state))
+    new = state.apply_gradients(grads=sums['grads'])  # of which only the counts are computed
+    return jax.tree.map(counted, state, new, taken).replace(skipped=skipped)
 
 
 def _averages(state: TrainState, new: TrainState) -> Any:
