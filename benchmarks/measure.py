@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -43,14 +44,19 @@ class Spread:
         return f'{self.median:{form}} ({self.low:{form}} to {self.high:{form}})'
 
 
-def interleave(rounds: int, things: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+def interleave(
+    rounds: int, things: dict[str, Callable[[], float]], shuffled: bool = False
+) -> dict[str, list[float]]:
     """Calls each thing once a round, every other round in reverse order, and collects what they return.
 
     What is compared thus runs side by side: a machine's speed drifts by more than what is measured.
+    `shuffled` draws each round's order instead, for many rounds of what differs by little.
     """
     values: dict[str, list[float]] = {name: [] for name in things}
+    rng = random.Random(0)
     for i in range(rounds):
-        for name in list(things) if i % 2 == 0 else reversed(things):
+        order = list(things) if i % 2 == 0 else list(reversed(things))
+        for name in rng.sample(order, len(order)) if shuffled else order:
             values[name].append(things[name]())
     return values
 

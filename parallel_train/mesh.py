@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from parallel_train import processes
 from parallel_train.errors import UserError
-from parallel_train.machine import cores
+from parallel_train.machine import cores, keep_freed_memory
 from parallel_train.reduce import DATA_AXIS
 
 # Threads in the pool of XLA's CPU client, at least. The size of the pool changes the last bits of some
@@ -30,7 +30,8 @@ def start_devices(cpu_devices: int, same_bits: bool = False) -> None:
     are queued for a device, the task of the next holds another thread until a place is free. With
     fewer than two threads a device, those two can take the whole pool while the program that all wait
     for has no thread to run on: XLA aborts after 40 seconds. The pool's size is read from the
-    environment variable NPROC when the client starts.
+    environment variable NPROC when the client starts. Memory that a step frees stays with the process, for
+    the next step (machine.py).
 
     Args:
       cpu_devices: over all processes.
@@ -50,12 +51,14 @@ def start_devices(cpu_devices: int, same_bits: bool = False) -> None:
     if backend_runs():
         if jax.default_backend() == 'cpu':
             _check_running_cpu_client(cpu_devices)
+            keep_freed_memory()
         return
     here = cpu_devices // processes.count()
     jax.config.update('jax_num_cpu_devices', here)
     threads = max(MIN_CPU_THREADS, 2 * here)
     os.environ['NPROC'] = str(threads if same_bits else max(_default_threads(), threads))
-    jax.devices()
+    if jax.default_backend() == 'cpu':  # which starts it
+        keep_freed_memory()
 
 
 def _default_threads() -> int:

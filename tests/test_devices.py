@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from parallel_train import config as config_lib
 from parallel_train import devices
 from parallel_train.mesh import start_devices
 from parallel_train.sizes import Sizes
+from tests.conftest import environment
 from tests.models_for_tests import tiny
 
 start_devices(8)
@@ -63,3 +67,38 @@ def test_a_resumed_job_keeps_its_count(tmp_path: Path, monkeypatch: pytest.Monke
     assert devices.choose_devices(config(), SIZES, None, tmp_path, print) == 2
     assert devices.choose_devices(config(), SIZES, 4, tmp_path, print) == 4
     assert jax.device_count() == 8
+
+
+FAULTS = """
+import resource, threading
+{start}
+
+def touch():
+    for _ in range(10):
+        b'x' * 24_000_000
+
+def in_thread():
+    touch()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    touch()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+thread = threading.Thread(target=in_thread)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="another libc's malloc")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """What a thread takes and frees again and again is not given back, page fault for page fault."""
+
+    def faults(start: str, **changes: str) -> int:
+        env = {name: value for name, value in environment().items() if not name.startswith('MALLOC_')}
+        code = FAULTS.format(start=start)
+        return int(subprocess.check_output([sys.executable, '-c', code], env={**env, **changes}, text=True))
+
+    of_one_array = 24_000_000 // 4096
+    started = 'from parallel_train import start_devices; start_devices(2)'
+    assert faults(started) < of_one_array / 2
+    assert faults(started, MALLOC_TRIM_THRESHOLD_='131072') > 5 * of_one_array  # as the environment says
