@@ -20,13 +20,14 @@ import jax
 import numpy as np
 
 from parallel_train import examples, machine, processes
+from parallel_train.batch_fit import mixes
 from parallel_train.batches import gather
 from parallel_train.config_fields import RUN_FIELDS
 from parallel_train.dataset import Split
 from parallel_train.errors import UserError
 from parallel_train.files import write_atomically
 from parallel_train.mesh import backend_runs, make_mesh, start_devices, usable_cpu_devices
-from parallel_train.plan import make_plan, mixes
+from parallel_train.plan import make_plan
 from parallel_train.sizes import Sizes
 from parallel_train.state import initialise
 from parallel_train.step import make_train_step

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from parallel_train.batch_fit import mixes
 from parallel_train.compiled import Compiled, compile_step
 from parallel_train.examples import is_tokens
-from parallel_train.plan import Plan, make_plan, mixes
+from parallel_train.plan import Plan, make_plan
 from parallel_train.roofline import Prediction, fit_cpu
 from parallel_train.schedule import create_learning_rate_fn
 from parallel_train.sizes import Sizes

@@ -15,6 +15,7 @@ from typing import Any
 
 from parallel_train import config as config_lib
 from parallel_train import config_fields
+from parallel_train.batch_fit import check_fit
 from parallel_train.errors import UserError
 from parallel_train.pieces import Piece
 from parallel_train.schedule import READS, epochs_to_steps, rate_at, schedule_pieces, snapshot_steps
@@ -129,7 +130,7 @@ def make_plan(
         message names the nearest sizes that do.
     """
     config = config_lib.complete(config)
-    _check_fit(config, num_train_examples, num_eval_examples, num_devices, num_processes)
+    check_fit(config, num_train_examples, num_eval_examples, num_devices, num_processes)
     batch_size = config.batch_size
     turns = num_devices * config.accumulation_steps
     shards = config.shards or turns
@@ -211,92 +212,6 @@ def _rate_scale(config: Any) -> float:
     """Linear: Goyal et al. 2017, section 2.1. Square root: Krizhevsky 2014, section 3.2."""
     ratio = config.batch_size / config.reference_batch_size
     return {'none': 1.0, 'linear': ratio, 'sqrt': math.sqrt(ratio)}[config.learning_rate_scaling]
-
-
-def _near_multiples(value: int, of: int, at_most: float = math.inf) -> str:
-    below, above = value // of * of, -(-value // of) * of
-    near = [str(n) for n in sorted({min(below, at_most // of * of), above}) if 0 < n <= at_most]
-    if not near:
-        return f'{of}, the least that is, is more than there are examples: use fewer devices, turns or shards'
-    return f'nearest that {"are" if len(near) > 1 else "is"}: {", ".join(near)}'
-
-
-def mixes(config: Any) -> bool:
-    """Whether examples are mixed with others of their shard, which then needs two at least."""
-    return bool(config.mixup_alpha or config.cutmix_alpha)
-
-
-def _check_fit(
-    config: Any, num_train_examples: int, num_eval_examples: int, devices: int, processes: int
-) -> None:
-    for name, value in (('devices', devices), ('num_processes', processes)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f'{name}={value!r}: must be a whole number of at least 1')
-    if devices % processes:
-        raise UserError(f'num_processes={processes}: must divide the number of devices, {devices}')
-    for split, size in (
-        (config.train_split, num_train_examples),
-        (config.eval_split, num_eval_examples),
-    ):
-        if size < 1:
-            raise UserError(f'config.dataset={config.dataset!r}: split {split!r} holds no examples')
-    batch_size, accumulation, shards = config.batch_size, config.accumulation_steps, config.shards
-    turns = devices * accumulation
-    if shards and shards % turns:
-        raise UserError(
-            f'config.shards={shards}: must be a multiple of devices × accumulation_steps = '
-            f'{devices} × {accumulation} = {turns}, or 0 for exactly that many; '
-            f'{_near_multiples(shards, turns)}'
-        )
-    if config.reduction == 'tree' and config.optimizer == 'muon':
-        raise UserError(
-            "config.optimizer='muon': its bits were seen to depend on the number of devices, which they must "
-            "not with config.reduction='tree'; use pmean, or another optimizer"
-        )
-    if config.reduction == 'tree' and (shards < 1 or shards & (shards - 1)):
-        raise UserError(
-            f"config.shards={shards}: must be a power of two with config.reduction='tree', which adds the "
-            f'shards in a binary tree; such as {1 << max(turns - 1, 0).bit_length()}'
-        )
-    _check_exchange(config)
-    parts = shards or turns  # a multiple of `turns` either way
-    near = _near_multiples(batch_size, parts, at_most=num_train_examples)
-    if batch_size % turns:
-        raise UserError(
-            f'config.batch_size={batch_size}: must be divisible by devices × accumulation_steps = '
-            f'{devices} × {accumulation} = {turns}{f" and by shards={shards}" if shards else ""}; {near}'
-        )
-    if batch_size % parts:
-        raise UserError(f'config.batch_size={batch_size}: must be divisible by shards={shards}; {near}')
-    for field in ('mixup_alpha', 'cutmix_alpha'):
-        if config[field] and batch_size == parts:
-            raise UserError(
-                f'config.{field}={config[field]:g}: mixes the examples of a shard, and each of the {parts} '
-                f'shards has one alone; use fewer shards, or a batch_size of at least {2 * parts}'
-            )
-    if batch_size > num_train_examples:
-        raise UserError(
-            f'config.batch_size={batch_size}: is larger than the train split, which holds '
-            f'{num_train_examples} examples; {near}'
-        )
-
-
-def _check_exchange(config: Any) -> None:
-    if config.reduction == 'tree' and config.gradient_dtype != 'float32':
-        raise UserError(
-            f"config.gradient_dtype={config.gradient_dtype!r}: cannot be used with config.reduction='tree', "
-            'which adds float32; use float32, or pmean'
-        )
-    if config.batch_norm == 'global' and config.reduction == 'tree':
-        raise UserError(
-            "config.batch_norm='global': cannot be used with config.reduction='tree', which computes one "
-            'shard at a time; use shard, or pmean'
-        )
-    if config.batch_norm == 'global' and config.accumulation_steps > 1:
-        raise UserError(
-            f"config.batch_norm='global': cannot be used with config.accumulation_steps="
-            f'{config.accumulation_steps}, as the turns know nothing of one another; use shard, or 1'
-        )
 
 
 def _warnings(config: Any, pieces: Iterable[Piece], steps_per_epoch: int, num_steps: int) -> list[str]:

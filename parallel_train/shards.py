@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from parallel_train import augment, batches, mix
+from parallel_train.batch_fit import mixes
 from parallel_train.forward import Batch, Forward
 from parallel_train.models import conv
-from parallel_train.plan import Plan, mixes
+from parallel_train.plan import Plan
 from parallel_train.reduce import SHARD_AXIS
 from parallel_train.state import KEY_IMPL
 

@@ -1,0 +1,114 @@
+"""Do batch, shards, devices and dataset fit together? If not: which field, and the nearest sizes that do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from parallel_train.errors import UserError
+
+
+def check_fit(
+    config: Any, num_train_examples: int, num_eval_examples: int, devices: int, processes: int
+) -> None:
+    """Raises UserError for what does not fit.
+
+    Args:
+      config: a complete config, each field of it right by itself.
+      num_train_examples: size of the train split.
+      num_eval_examples: size of the eval split.
+      devices: over all processes.
+      processes: of the job.
+    """
+    _check_counts(config, num_train_examples, num_eval_examples, devices, processes)
+    turns = devices * config.accumulation_steps
+    _check_shards(config, turns, f'{devices} × {config.accumulation_steps} = {turns}')
+    _check_exchange(config)
+    _check_batch(config, turns, f'{devices} × {config.accumulation_steps} = {turns}', num_train_examples)
+
+
+def mixes(config: Any) -> bool:
+    """Whether examples are mixed with others of their shard, which then needs two at least."""
+    return bool(config.mixup_alpha or config.cutmix_alpha)
+
+
+def _check_counts(
+    config: Any, num_train_examples: int, num_eval_examples: int, devices: int, processes: int
+) -> None:
+    for name, value in (('devices', devices), ('num_processes', processes)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f'{name}={value!r}: must be a whole number of at least 1')
+    if devices % processes:
+        raise UserError(f'num_processes={processes}: must divide the number of devices, {devices}')
+    for split, size in ((config.train_split, num_train_examples), (config.eval_split, num_eval_examples)):
+        if size < 1:
+            raise UserError(f'config.dataset={config.dataset!r}: split {split!r} holds no examples')
+
+
+def _check_shards(config: Any, turns: int, product: str) -> None:
+    shards, tree = config.shards, config.reduction == 'tree'
+    if shards and shards % turns:
+        raise UserError(
+            f'config.shards={shards}: must be a multiple of devices × accumulation_steps = {product}, or 0 '
+            f'for exactly that many; {_near_multiples(shards, turns)}'
+        )
+    if tree and config.optimizer == 'muon':
+        raise UserError(
+            "config.optimizer='muon': its bits were seen to depend on the number of devices, which they must "
+            "not with config.reduction='tree'; use pmean, or another optimizer"
+        )
+    if tree and (shards < 1 or shards & (shards - 1)):
+        raise UserError(
+            f"config.shards={shards}: must be a power of two with config.reduction='tree', which adds the "
+            f'shards in a binary tree; such as {1 << max(turns - 1, 0).bit_length()}'
+        )
+
+
+def _check_exchange(config: Any) -> None:
+    if config.reduction == 'tree' and config.gradient_dtype != 'float32':
+        raise UserError(
+            f"config.gradient_dtype={config.gradient_dtype!r}: cannot be used with config.reduction='tree', "
+            'which adds float32; use float32, or pmean'
+        )
+    if config.batch_norm == 'global' and config.reduction == 'tree':
+        raise UserError(
+            "config.batch_norm='global': cannot be used with config.reduction='tree', which computes one "
+            'shard at a time; use shard, or pmean'
+        )
+    if config.batch_norm == 'global' and config.accumulation_steps > 1:
+        raise UserError(
+            f"config.batch_norm='global': cannot be used with config.accumulation_steps="
+            f'{config.accumulation_steps}, as the turns know nothing of one another; use shard, or 1'
+        )
+
+
+def _check_batch(config: Any, turns: int, product: str, num_train_examples: int) -> None:
+    batch_size, shards = config.batch_size, config.shards
+    parts = shards or turns  # a multiple of `turns` either way
+    near = _near_multiples(batch_size, parts, at_most=num_train_examples)
+    if batch_size % turns:
+        raise UserError(
+            f'config.batch_size={batch_size}: must be divisible by devices × accumulation_steps = '
+            f'{product}{f" and by shards={shards}" if shards else ""}; {near}'
+        )
+    if batch_size % parts:
+        raise UserError(f'config.batch_size={batch_size}: must be divisible by shards={shards}; {near}')
+    for field in ('mixup_alpha', 'cutmix_alpha'):
+        if config[field] and batch_size == parts:
+            raise UserError(
+                f'config.{field}={config[field]:g}: mixes the examples of a shard, and each of the {parts} '
+                f'shards has one alone; use fewer shards, or a batch_size of at least {2 * parts}'
+            )
+    if batch_size > num_train_examples:
+        raise UserError(
+            f'config.batch_size={batch_size}: is larger than the train split, which holds '
+            f'{num_train_examples} examples; {near}'
+        )
+
+
+def _near_multiples(value: int, of: int, at_most: float = math.inf) -> str:
+    below, above = value // of * of, -(-value // of) * of
+    near = [str(n) for n in sorted({min(below, at_most // of * of), above}) if 0 < n <= at_most]
+    if not near:
+        return f'{of}, the least that is, is more than there are examples: use fewer devices, turns or shards'
+    return f'nearest that {"are" if len(near) > 1 else "is"}: {", ".join(near)}'
