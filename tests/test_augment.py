@@ -277,6 +277,7 @@ def test_mixing_changes_what_is_trained() -> None:
     assert distance(mixed.params, one_device('linear', 6).params, start.params) > 1e-2
 
 
+@pytest.mark.slow
 def test_the_same_bits_in_a_tree() -> None:
     config = tree_config(
         'norm_dropout',

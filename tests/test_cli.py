@@ -242,6 +242,7 @@ def test_divergence_has_its_own_exit_code(job: Job, tmp_path: Path) -> None:
         json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
 
 
+@pytest.mark.slow
 def test_train_from_a_read_only_data_dir(job: Job, data_dir: Path, tmp_path: Path) -> None:
     """Prepared, but never decoded: the arrays go into the user's cache, and later runs find them there."""
     ignore = shutil.ignore_patterns('decoded')

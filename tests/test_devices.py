@@ -47,6 +47,7 @@ def test_schedules_that_do_not_fit_the_measurement_are_no_obstacle() -> None:
     assert devices._stepper(job, SIZES, 1)() > 0
 
 
+@pytest.mark.slow
 def test_measured_once_then_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     lines: list[str] = []

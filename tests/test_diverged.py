@@ -36,6 +36,7 @@ FOUND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('what', 'reduction', 'devices'),
     [*((what, 'pmean', 4) for what in FOUND), ('bad_value', 'pmean', 1), ('bad_gradient', 'tree', 4)],
@@ -66,6 +67,7 @@ def read_rows_or_none(workdir: Path) -> list[dict[str, Any]]:
     return read_rows(workdir) if (workdir / 'metrics.jsonl').read_text() else []
 
 
+@pytest.mark.slow
 def test_exit_code(tmp_path: Path) -> None:
     recipe = tmp_path / 'recipe.py'
     recipe.write_text(
@@ -121,6 +123,7 @@ def linear_job(**fields: Any) -> Any:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('reduction', 'devices'), [('pmean', 2), ('tree', 4)])
 def test_a_skipped_step_counts_and_changes_nothing(reduction: str, devices: int, tmp_path: Path) -> None:
     config = linear_job(reduction=reduction)

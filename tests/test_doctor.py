@@ -37,6 +37,7 @@ def test_what_is_wrong_is_said_with_what_to_do(job: Job, tmp_path: Path) -> None
     assert 'is not a folder' in result.stdout
 
 
+@pytest.mark.slow
 def test_wrong_sums_and_gradients_are_seen(monkeypatch: pytest.MonkeyPatch, job: Job, tmp_path: Path) -> None:
     """A reduction that forgets one device is what both checks are for."""
     from parallel_train import config, reduce

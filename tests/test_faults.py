@@ -91,6 +91,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')  # what TensorStore leaves unawaited after a read that failed
 @pytest.mark.parametrize('damage', DAMAGES)
 def test_no_damage_to_any_file_gives_another_state(
@@ -330,6 +331,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     assert (workdir / 'report.html').exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_with_an_error(
     slow_job: Job, slow_undisturbed: Path, small_disk: SmallDisk, tmp_path: Path
 ) -> None:
@@ -353,6 +355,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error(
 # ---------------------------------------------------------------- the folder goes
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_removed_ends_the_run(slow_job: Job, tmp_path: Path) -> None:
     workdir = tmp_path / 'run'
     job = Processes(tmp_path / 'job', [cli(*slow_job.train(workdir))], slow_job.env)
@@ -416,6 +419,7 @@ def test_saves_by_steps_and_by_minutes(tiny_job: Job, undisturbed: Path, tmp_pat
     assert without_timing(read_rows(by_steps)) == without_timing(read_rows(undisturbed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
 def test_saves_by_minutes(
     processes: int,

@@ -77,6 +77,7 @@ def supervise(tmp_path: Path) -> Iterator[Start]:
         supervisor.popen.wait()
 
 
+@pytest.mark.slow
 def test_a_death_and_a_restart_change_no_bit(
     tree_job: Job, alone: Path, supervise: Start, tmp_path: Path
 ) -> None:
@@ -93,6 +94,7 @@ def test_a_death_and_a_restart_change_no_bit(
     assert_same_bits(workdir, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])  # with the coordinator, and without
 def test_a_death_ends_the_rest_at_once(victim: int, long_job: Job, supervise: Start, tmp_path: Path) -> None:
     workdir = tmp_path / 'run'
@@ -111,6 +113,7 @@ def test_a_death_ends_the_rest_at_once(victim: int, long_job: Job, supervise: St
     assert 'starting again' not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_is_no_reason_to_start_again(
     number: signal.Signals, long_job: Job, supervise: Start, tmp_path: Path
@@ -129,6 +132,7 @@ def test_a_signal_saves_and_is_no_reason_to_start_again(
     assert 'starting again' not in result.stderr and result.stdout.count('found by flags') == 1
 
 
+@pytest.mark.slow
 def test_divergence_is_no_reason_to_start_again(tree_job: Job, supervise: Start, tmp_path: Path) -> None:
     workdir = tmp_path / 'run'
     result = supervise(tree_job, workdir, '--config.learning_rate=1e30', restarts=3).result()

@@ -47,6 +47,7 @@ def test_no_program_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.Monkey
             assert sorted(steps) == ([] if again else ['jit_eval_step', 'jit_train_step']), compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('log_every', 'steps'), [(1, 24), (3, 8), (7, 4), (100, 1)])
 def test_train_rows_cover_every_update_once(tmp_path: Path, log_every: int, steps: int) -> None:
     train_lib.train_and_evaluate(tiny(log_every_steps=log_every), tmp_path, devices=1)

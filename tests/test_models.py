@@ -92,6 +92,7 @@ def test_parameter_counts(model: str) -> None:
     assert sum(math.prod(p.shape) for p in jax.tree.leaves(params)) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('model', config_fields.BUILT_IN_MODELS)
 def test_dtype_is_that_of_products_alone(model: str, dtype: str) -> None:
@@ -117,6 +118,7 @@ def test_dtype_is_that_of_products_alone(model: str, dtype: str) -> None:
     assert head == FLOAT32 and len(before) >= 3 and set(before) == {jnp.dtype(dtype)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', ['resnet18', 'vit_s16'])
 def test_bfloat16_computes_about_the_same(model: str) -> None:
     config = {dtype: make_config(model, dtype, CIFAR) for dtype in ('float32', 'bfloat16')}

@@ -123,6 +123,7 @@ def error(found: Gradients, exact: Gradients) -> float:
 BOUND = 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', MODELS)
 def test_error_of_the_gradient_on_any_devices(model: str, record_property: Any) -> None:
     exact = reference(model)

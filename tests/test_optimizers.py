@@ -242,6 +242,7 @@ def ten_steps(optimizer: str) -> Any:
     return run(options(optimizer, reduction='tree' if optimizer in BITS else 'pmean'), 1, None, range(10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('optimizer', config_fields.OPTIMIZERS)
 def test_bits_on_1_2_8_devices_and_through_a_checkpoint(optimizer: str, tmp_path: Path) -> None:
     """Ten steps on one device; five on eight, a checkpoint, five on two: every array is the same.
@@ -266,6 +267,7 @@ def test_bits_on_1_2_8_devices_and_through_a_checkpoint(optimizer: str, tmp_path
 
 
 # Muon makes all singular values of a gradient alike, also those that are rounding.
+@pytest.mark.slow
 @pytest.mark.parametrize('optimizer', [name for name in config_fields.OPTIMIZERS if name != 'muon'])
 def test_any_devices_train_alike_with_pmean(optimizer: str) -> None:
     config = options(optimizer)

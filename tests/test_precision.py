@@ -63,6 +63,7 @@ def test_gradients_travel_as_bfloat16_if_asked() -> None:
     assert reduced(lowered(config, make_split(), 2).as_text()) == {'bf16': params, 'f32': stats + 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [1, 2, 8])
 def test_error_of_gradients_in_bfloat16(devices: int) -> None:
     """One step at rate 1 is minus the gradient. Rounding to 8 bits gives an error of at most 2⁻⁸ each time.
@@ -105,6 +106,7 @@ def test_bfloat16_halves_the_bytes_on_tpus(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- rematerialisation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'model',
     [

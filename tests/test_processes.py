@@ -187,6 +187,7 @@ def test_200_steps_on_all_device_and_process_counts(
 # ---------------------------------------------------------------- stopping and going on elsewhere
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_one_step_and_another_hardware_goes_on(
     tree_job: Job, alone: Path, start: Start, tmp_path: Path
 ) -> None:
@@ -203,6 +204,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_another_hardware_goes_on(
     assert_same_bits(workdir, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_a_process_on_its_own(
     number: signal.Signals, tree_job: Job, alone: Path, tmp_path: Path
@@ -243,6 +245,7 @@ def test_a_signal_before_the_first_step_ends_all_at_once(long_job: Job, start: S
 # ---------------------------------------------------------------- faults
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_named_and_the_job_goes_on_elsewhere(
     tree_job: Job, alone: Path, start: Start, tmp_path: Path
 ) -> None:
@@ -260,6 +263,7 @@ def test_a_process_that_dies_is_named_and_the_job_goes_on_elsewhere(
     assert_same_bits(workdir, alone)
 
 
+@pytest.mark.slow
 def test_the_death_of_the_coordinator_is_named(long_job: Job, start: Start, tmp_path: Path) -> None:
     job = start(long_job, tmp_path / 'run', 2, 2)
     job.wait_until(saved(tmp_path / 'run', 6))
@@ -281,6 +285,7 @@ def test_a_process_that_a_library_aborts_is_named_at_once(
     assert f'error: process 1 ({socket.gethostname()}) was aborted' in first.stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named(long_job: Job, start: Start, tmp_path: Path) -> None:
     job = start(long_job, tmp_path / 'run', 2, 2)
     job.wait_until(saved(tmp_path / 'run', 6))
@@ -346,6 +351,7 @@ def test_processes_that_differ_are_refused_by_name(tree_job: Job, start: Start, 
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_processes_that_see_different_disks_are_refused(tree_job: Job, start: Start, tmp_path: Path) -> None:
     port = free_port()
     commands = [

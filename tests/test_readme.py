@@ -29,6 +29,7 @@ def blocks() -> list[str]:
     return re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme(tmp_path: Path, data_dir: Path) -> None:
     """In their order, from a folder with the README's own files; on the small set, and few steps."""
     shutil.copytree(ROOT / 'configs', tmp_path / 'configs')

@@ -126,6 +126,7 @@ def run_with_flip(
         started.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('processes', 'step', 'device'), [(1, 20, 1), (1, 17, 3), (2, 31, 2)])
 def test_a_run_whose_copies_drift_ends_and_goes_on_from_before(
     processes: int, step: int, device: int, drift_job: Job, undisturbed: Path, tmp_path: Path

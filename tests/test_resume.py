@@ -141,6 +141,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_job: Job) -> Path
 # ---------------------------------------------------------------- as if never killed
 
 
+@pytest.mark.slow
 def test_killed_twice_cnn(trained: Path, job: Job, tmp_path: Path) -> None:
     workdir = tmp_path / 'run'
     arguments = job.train(workdir)
@@ -156,6 +157,7 @@ def test_killed_twice_cnn(trained: Path, job: Job, tmp_path: Path) -> None:
     assert (workdir / 'report.html').exists()
 
 
+@pytest.mark.slow
 def test_killed_while_saving_and_before_the_report(
     tiny_job: Job, reference: Path, interrupted: Path, tmp_path: Path
 ) -> None:

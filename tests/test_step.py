@@ -222,6 +222,7 @@ def test_accumulation_in_a_scan_is_accumulation_unrolled(monkeypatch: pytest.Mon
     assert distance(scanned.params, unrolled.params, one_device('norm_dropout', 0).params) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('model', 'size'), [('linear', 10_000), ('norm_dropout', 1000)])
 def test_evaluation_counts_every_example_once_at_any_batch_size(model: str, size: int) -> None:
     split = make_split(size)

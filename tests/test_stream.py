@@ -350,6 +350,7 @@ def test_the_plan_knows_the_sizes_with_and_without_the_set(image_job: ImageJob, 
     assert absent.input_shape == (SIZE, SIZE, 3) and absent.num_train_examples == 900
 
 
+@pytest.mark.slow
 def test_it_trains_by_the_command_line_and_resumes_as_if_never_stopped(
     image_job: ImageJob, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def whole_batch(steps: int) -> Any:
     return train(make_config(NORM, shards=1), 1, steps, make_split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('devices', 'shards'), [(8, 8), (2, 8), (1, 4)])
 def test_statistics_and_gradients_are_those_of_the_whole_batch(devices: int, shards: int) -> None:
     """10 plain-SGD steps; the tolerance is that of test_step.py."""

@@ -152,6 +152,7 @@ def test_a_byte_is_predicted_from_those_before_it_alone() -> None:
             assert np.all(np.any(changed[:, place + 1] != logits[:, place + 1], axis=-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('devices', 'accumulation'), [(8, 1), (2, 2)])
 def test_any_devices_compute_what_one_computes(devices: int, accumulation: int) -> None:
     split = make_text(48)
@@ -211,6 +212,7 @@ def Bytes() -> Any:  # noqa: N802, it makes a model
     return TransformerSmall(num_classes=256)
 
 
+@pytest.mark.slow
 def test_training_on_a_folder(tmp_path: Path, folder: Path) -> None:
     """The commands, from text files to a report without pictures, and an evaluation that says the same."""
     more = (ROOT / 'configs' / 'text_transformer.py').read_text()
