@@ -2,10 +2,9 @@
 
 Command:  python -m parallel_train train --config=configs/fashion_mnist_fast.py --workdir=runs/fast
 Hardware: 2 CPU cores, 4 XLA devices.
-Result:   not run here in full. These settings for 5 epochs, without the moving average: test accuracy 0.9353,
-          one seed. A step takes 0.87 (0.82 to 0.91) of the processor time of one of fashion_mnist_resnet.py,
-          whose run was first seen above 0.94 after 14 of its 16 epochs: by that, 8 epochs here take half as
-          long, and 0.4 of it are 6.4 epochs.
+Result:   0.9382 with --config.num_epochs=6, seed 0; all 8 epochs were not run here. A step takes 0.87
+          (0.82 to 0.91) of the processor time of one of fashion_mnist_resnet.py, whose run was first seen
+          above 0.94 after 14 of its 16 epochs: by that, 8 epochs here take half as long.
 """
 
 from ml_collections import config_dict
@@ -35,6 +34,8 @@ def get_config() -> config_dict.ConfigDict:
 
     config.random_crop_padding = 1
     config.random_flip = True
+    config.pixel_mean = (0.286,)  # of the train split
+    config.pixel_std = (0.353,)
 
     config.eval_every_epochs = 0.0  # at the end
     config.checkpoint_every_epochs = 0.0
