@@ -50,9 +50,10 @@ def apply_update(state: TrainState, sums: Sums, plan: Plan, skip_nonfinite: int)
         is_count = jnp.issubdtype(new.dtype, jnp.integer)  # the step's and the optimizer's
         return jnp.where(goes_on, new, old) if is_count else taken
 
-    # A loop of one turn or none changes the state in place. `where` over both states, or the branches of
-    # `cond`, would read and write arrays once more in each good step, and a division by what no turn
-    # changes would be moved in front of the loop, as one more pass over the gradient.
+    # A loop of one turn or none changes the state in place. `where` over both states would read and write
+    # every array once more in each good step; the branches of `cond` measured a little slower. The divisor
+    # changes with the turn, as XLA would move a division by what does not in front of the loop, which is
+    # one more pass over the gradient.
     to_apply = jnp.where(finite & goes_on, weight, 0)
     _, taken = jax.lax.while_loop(lambda carry: carry[0] != 0, take, (to_apply, state))
     new = state.apply_gradients(grads=sums['grads'])  # of which only the counts are computed
