@@ -123,6 +123,7 @@ def launch(job: Job, workdir: Path, folder: Path, processes: int, devices: int) 
 def live(job: Job, workdir: Path, folder: Path, fault: Fault, start_seconds: float) -> Life:
     """Starts the job, does to it what `fault` says when its moment has come, and waits for its end."""
     before = max(checkpoint_steps(workdir), default=0) if workdir.exists() else 0
+    left = saves_under_way(workdir)  # by a process that was killed: nobody goes on with them
     started = time.monotonic()
     processes = launch(job, workdir, folder, fault.processes, fault.devices)
     try:
@@ -130,8 +131,10 @@ def live(job: Job, workdir: Path, folder: Path, fault: Fault, start_seconds: flo
             time.sleep(fault.delay * start_seconds)
         else:
             target = max(before + 1, fault.step)
-            begun = begun_save if fault.moment == 'saving' else whole_save
-            processes.wait_until(lambda: begun(workdir, target), PATIENCE)
+            if fault.moment == 'saving':
+                processes.wait_until(lambda: begun_save(workdir, target, left), PATIENCE)
+            else:
+                processes.wait_until(lambda: whole_save(workdir, target), PATIENCE)
             time.sleep(0 if fault.moment == 'saving' else fault.delay / 4)
         struck = time.monotonic()
         everybody = range(fault.processes)
@@ -150,9 +153,13 @@ def whole_save(workdir: Path, step: int) -> bool:
     return max(checkpoint_steps(workdir), default=0) >= step
 
 
-def begun_save(workdir: Path, step: int) -> bool:
+def saves_under_way(workdir: Path) -> set[str]:
+    return {path.name for path in (workdir / 'checkpoints').glob('*tmp*')}
+
+
+def begun_save(workdir: Path, step: int, left: set[str]) -> bool:
     """Whether a save from `step` on is under way; if none is seen, for they are quick, two saves later."""
-    names = [path.name for path in (workdir / 'checkpoints').glob('*tmp*')]
+    names = saves_under_way(workdir) - left
     begun = [int(name.split('.')[0]) for name in names if name.split('.')[0].isdigit()]
     return any(there >= step for there in begun) or whole_save(workdir, step + 2 * CHECKPOINT_EVERY)
 
