@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -55,33 +56,21 @@ def without_guards(config: Any, data_dir: Path, devices: int, workdir: Path) -> 
     return loop
 
 
-def save_over_step(loop: measure.Loop, rounds: int, steps: int) -> list[float]:
-    """Returns for how many steps' time the devices stand idle while an asynchronous save begins."""
-    from parallel_train.train import save
-
+def over_step(loop: measure.Loop, rounds: int, steps: int, what: Callable[[], Any]) -> list[float]:
+    """Returns how many steps' time `what` takes once the devices have nothing left to do."""
     ratios = []
     for _ in range(rounds + 1):
         seconds_per_step = loop.run.plan.batch_size / loop.stretch(steps)
         start = time.perf_counter()
-        save(loop.state, loop.run)
+        what()
         ratios.append((time.perf_counter() - start) / seconds_per_step)
         loop.run.checkpoints.wait()
-    return ratios[1:]
-
-
-def comparison_over_step(loop: measure.Loop, rounds: int, steps: int) -> list[float]:
-    """Returns what comparing the devices' copies takes, in steps."""
-    ratios = []
-    for _ in range(rounds + 1):
-        seconds_per_step = loop.run.plan.batch_size / loop.stretch(steps)
-        start = time.perf_counter()
-        loop.run.replicas.check(loop.state, loop.run.step)
-        loop.run.replicas.settle()
-        ratios.append((time.perf_counter() - start) / seconds_per_step)
     return ratios[1:]  # the first compiles
 
 
 def measure_devices(devices: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from parallel_train.train import save
+
     data_dir, steps = measure.data_dir_of(args.data_dir), args.images // 256
     configs = {
         'pmean': measure.recipe(divergence_check_steps=0),
@@ -92,18 +81,24 @@ def measure_devices(devices: int, args: argparse.Namespace, folder: Path) -> dic
         name: measure.open_loop(config, data_dir, devices, folder / f'{name}{devices}')
         for name, config in configs.items()
     }
+    guarded, run = loops['guarded'], loops['guarded'].run
     bare = {name: bare_step(loops[name], configs[name], data_dir) for name in ('pmean', 'tree')}
     unguarded = without_guards(configs['pmean'], data_dir, devices, folder / f'unguarded{devices}')
     things = {
         'pmean': lambda: bare['pmean'](steps),
         'tree': lambda: bare['tree'](steps),
-        'guarded': lambda: loops['guarded'].stretch(steps),
+        'guarded': lambda: guarded.stretch(steps),
         'unguarded': lambda: unguarded.stretch(steps),
     }
     measure.interleave(1, things)  # compiles
     values = measure.interleave(args.rounds, things, shuffled=True)
-    saves = save_over_step(loops['guarded'], 7, min(steps, 8))
-    comparison = measure.Spread.of(comparison_over_step(loops['guarded'], 7, min(steps, 8)))
+
+    def compare() -> None:
+        run.replicas.check(guarded.state, run.step)
+        run.replicas.settle()
+
+    saves = over_step(guarded, 7, min(steps, 8), lambda: save(guarded.state, run))
+    comparison = measure.Spread.of(over_step(guarded, 7, min(steps, 8), compare))
     share = comparison.median / CHECK_EVERY
     for loop in reversed([*loops.values(), unguarded]):  # the last to take the signals first
         loop.close()

@@ -34,7 +34,7 @@ def get_config() -> config_dict.ConfigDict:
 
     config.random_crop_padding = 1
     config.random_flip = True
-    config.pixel_mean = (0.286,)  # of the train split
+    config.pixel_mean = (0.286,)  # of the train images
     config.pixel_std = (0.353,)
 
     config.eval_every_epochs = 0.0  # at the end
