@@ -301,16 +301,19 @@ def mpirun(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 DETECT = """
 from jax._src.clusters import ClusterEnv
-import jax._src.distributed, os
+import jax._src.distributed, pathlib, sys
 found = next(env for env in ClusterEnv._cluster_types if env.is_env_present())
-print(found.name, found.get_process_count(), found.get_process_id(), found.get_coordinator_address(10, None))
+rank = found.get_process_id()
+words = found.name, found.get_process_count(), rank, found.get_coordinator_address(10, None)
+pathlib.Path(sys.argv[1], f'rank{rank}').write_text(' '.join(map(str, words)))
 """
 
 
-def test_mpirun_is_what_jax_knows() -> None:
-    done = mpirun('-c', DETECT)
+def test_mpirun_is_what_jax_knows(tmp_path: Path) -> None:
+    # A file each: mpirun joins what its processes print wherever their writes end, in the middle of a line too.
+    done = mpirun('-c', DETECT, tmp_path)
     assert done.returncode == 0, done.stderr
-    lines = sorted(line.split() for line in done.stdout.splitlines())
+    lines = [(tmp_path / f'rank{rank}').read_text().split() for rank in range(2)]
     assert [words[:3] for words in lines] == [['ompi', '2', '0'], ['ompi', '2', '1']]
     assert lines[0][3] == lines[1][3]
 
