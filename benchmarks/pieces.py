@@ -34,12 +34,13 @@ def make_pieces() -> dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], 
 
     from parallel_train.losses import softmax_cross_entropy
     from parallel_train.models.conv import conv_general_dilated
+    from parallel_train.models.pool import avg_pool_2x2
 
     def conv(x: Any, kernel: Any) -> Any:
         return conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
     def relu_pool(x: Any, bias: Any) -> Any:
-        return nn.avg_pool(nn.relu(x + bias), (2, 2), (2, 2))
+        return avg_pool_2x2(nn.relu(x + bias))
 
     def head(x: Any, kernel_1: Any, kernel_2: Any) -> Any:
         logits = nn.relu(x @ kernel_1) @ kernel_2

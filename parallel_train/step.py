@@ -91,7 +91,7 @@ def _local_sums(
 
 
 def cpu_turns(plan: Plan) -> int:
-    """Returns in how many turns a CPU device computes its shards: whole shards, of about 32 examples.
+    """Returns in how many turns a CPU device computes its shards: whole shards, of about 64 examples.
 
     So many examples stay in cache. At least `accumulation_steps`; more than 8 compile long.
     """
@@ -103,7 +103,7 @@ def cpu_turns(plan: Plan) -> int:
         if local_shards % turns == 0
     ]
     examples = local_shards * plan.examples_per_shard
-    return next((turns for turns in fitting if examples / turns <= 32), fitting[-1])
+    return next((turns for turns in fitting if examples / turns <= 64), fitting[-1])
 
 
 def _over_turns(compute: Callable[[Any], Any], data: Any, turns: int, unroll: bool) -> Any:

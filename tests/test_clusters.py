@@ -310,7 +310,7 @@ pathlib.Path(sys.argv[1], f'rank{rank}').write_text(' '.join(map(str, words)))
 
 
 def test_mpirun_is_what_jax_knows(tmp_path: Path) -> None:
-    # A file each: mpirun joins what its processes print wherever their writes end, in the middle of a line too.
+    # A file each: what they print is joined wherever their writes end, in the middle of a line too.
     done = mpirun('-c', DETECT, tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [(tmp_path / f'rank{rank}').read_text().split() for rank in range(2)]

@@ -1,9 +1,10 @@
-"""The convolution of the built-in models computes what JAX's does."""
+"""The convolution and the pooling of the built-in models compute what JAX's do."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from parallel_train.mesh import start_devices
 from parallel_train.models.conv import conv_general_dilated, for_cpu
+from parallel_train.models.pool import avg_pool_2x2
 
 start_devices(8)
 
@@ -57,3 +59,20 @@ def test_mapped_over_data_alone_the_kernel_gradient_is_the_sum() -> None:
     theirs = jax.grad(lambda k: total(jax.lax.conv_general_dilated, k))(kernel)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(theirs))))
     assert 'feature_group_count = 3' not in program and 'batch_group_count = 3' not in program
+
+
+@pytest.mark.parametrize(('height', 'width'), [(28, 28), (5, 8), (7, 3)])
+def test_pooling_is_that_of_flax(height: int, width: int) -> None:
+    """Up to the rounding of a sum of four."""
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(3, height, width, 4)), jnp.float32)
+
+    def both(pool: Any) -> Any:
+        return pool(x), jax.grad(lambda x: jnp.sum(jnp.sin(pool(x))))(x)
+
+    with for_cpu(True):
+        ours = both(avg_pool_2x2)
+        assert 'reduce_window' not in jax.jit(avg_pool_2x2).lower(x).as_text()
+    theirs = both(lambda x: nn.avg_pool(x, (2, 2), strides=(2, 2)))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    assert 'reduce_window' in jax.jit(lambda x: avg_pool_2x2(x)).lower(x).as_text()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from parallel_train.models.conv import conv_general_dilated
+from parallel_train.models.pool import avg_pool_2x2
 
 
 class CNN(nn.Module):
@@ -29,10 +30,10 @@ class CNN(nn.Module):
         )
         x = conv(features=32)(x)
         x = nn.relu(x)
-        x = nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
+        x = avg_pool_2x2(x)
         x = conv(features=64)(x)
         x = nn.relu(x)
-        x = nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
+        x = avg_pool_2x2(x)
         x = x.reshape((x.shape[0], -1))
         x = nn.Dense(features=256, dtype=self.dtype)(x)
         x = nn.relu(x)

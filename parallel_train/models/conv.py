@@ -29,13 +29,18 @@ def for_cpu(wanted: bool) -> Iterator[None]:
         _for_cpu.reset(token)
 
 
+def is_for_cpu() -> bool:
+    """Returns whether what is traced now is for a CPU."""
+    return _for_cpu.get()
+
+
 def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     """`jax.lax.conv_general_dilated`, for the argument of this name of `flax.linen.Conv`.
 
     The same numbers up to rounding. Within `for_cpu`, as in the train step on CPUs, the gradient of the
     kernel is computed a few examples at a time.
     """
-    if not _for_cpu.get():
+    if not is_for_cpu():
         return jax.lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
 
     def forward(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
