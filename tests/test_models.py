@@ -45,7 +45,7 @@ def wide_resnet(depth: int, widening: int, classes: int = 10) -> int:
 # norms, the last norm.
 SIZES = {
     'cnn': (FASHION, 824_458),
-    'fast_net': (FASHION, 867_194),
+    'fast_net': (FASHION, 375_674),
     'wide_resnet_16_2': (FASHION, 691_386),
     'resnet_small': (FASHION, 863_986),
     'resnet18': (IMAGENET, 11_689_512),
