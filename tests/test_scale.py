@@ -116,7 +116,6 @@ def test_every_size_is_measured(strong: tuple[Path, dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_a_size_that_waits_for_its_turn_costs_nothing(strong: tuple[Path, dict[str, Any]]) -> None:
-    assert all(turn['idle_cpu'] < 0.2 for turn in strong[1]['turns'])
     assert max(row['idle_cpu_fraction'] for row in strong[1]['measurements']) < 0.1
 
 
