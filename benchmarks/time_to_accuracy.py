@@ -41,7 +41,9 @@ def train(args: argparse.Namespace, config: str, *overrides: str) -> dict[str, A
         rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
     evaluations = {row['step']: row['accuracy'] for row in rows if row['split'] == 'eval'}
     result = {'step_seconds': float(spent.group(1).replace(',', '')), 'evaluations': evaluations}
-    print(f'{config} {" ".join(overrides)}: {spent.group(0)}, accuracy {list(evaluations.values())}', flush=True)
+    print(
+        f'{config} {" ".join(overrides)}: {spent.group(0)}, accuracy {list(evaluations.values())}', flush=True
+    )
     return result
 
 
@@ -70,7 +72,10 @@ def main() -> None:
     fast |= {seed: train(args, FAST, f'--config.seed={seed}') for seed in seeds[args.seeds // 2 :]}
 
     last = {seed: run['evaluations'][max(run['evaluations'])] for seed, run in fast.items()}
-    mean, seconds = statistics.mean(last.values()), measure.Spread.of([r['step_seconds'] for r in fast.values()])
+    mean, seconds = (
+        statistics.mean(last.values()),
+        measure.Spread.of([r['step_seconds'] for r in fast.values()]),
+    )
     slow = seconds_to(args.accuracy, resnet)
     ratio = seconds.median / slow
     rows = [

@@ -13,7 +13,6 @@ import numpy as np
 from parallel_train.models.pool import avg_pool_2x2
 from parallel_train.models.resnet_small import ConvNorm
 
-
 # What evaluation averages besides the image itself: pixels down and right, and the weight (airbench).
 _SHIFTS = (((0, 0), 0.5), ((-1, -1), 0.25), ((1, 1), 0.25))
 
@@ -41,9 +40,9 @@ class FastNet(nn.Module):
     their negatives (the idea of airbench, Jordan 2024, whose filters come from the data). Between stages
     stands an average over 2×2 places, since XLA's CPU gradient of a strided convolution takes three times
     as long as that of another; before the head one over 3×3 places, for a dense layer of a fifth of the
-    size. There is no dropout: a short training has no need of it. In evaluation the logits are a mean over six
-    views (airbench too): the image, weighted a half, and the image moved by a pixel along the diagonal,
-    each way a quarter; of each its mirror image as well.
+    size. There is no dropout: a short training has no need of it. In evaluation the logits are a mean over
+    six views (airbench too): the image, weighted a half, and the image moved by a pixel along the
+    diagonal, each way a quarter; of each its mirror image as well.
 
     Takes float32 images [batch, height, width, channels], the channels averaged; returns float32 logits
     [batch, num_classes]. `dtype` is that of the layers before the last; parameters and batch
