@@ -16,9 +16,9 @@ from parallel_train.errors import UserError
 from parallel_train.machine import cores, keep_freed_memory
 from parallel_train.reduce import DATA_AXIS
 
-# Threads in the pool of XLA's CPU client, at least. The size of the pool changes the last bits of some
-# results, so it does not follow the number of devices of a process as long as that is at most half of it.
-MIN_CPU_THREADS = 16
+# Threads in the pool of XLA's CPU client where bits count. Its size changes the last bits of some results, so
+# it does not follow the number of devices of a process as long as that is at most half of it.
+SAME_BITS_THREADS = 16
 MAX_CPU_DEVICES = 1024  # each takes two threads
 
 
@@ -35,7 +35,8 @@ def start_devices(cpu_devices: int, same_bits: bool = False) -> None:
 
     Args:
       cpu_devices: over all processes.
-      same_bits: let the pool's size, which changes last bits, not follow the number of cores.
+      same_bits: let the pool's size, which changes last bits, follow neither cores nor devices. Else it is as
+        small as it can be, since XLA wakes threads for each operation.
 
     Raises:
       UserError: the backend runs already, on the CPU, with fewer devices or a pool that can hang; or the
@@ -55,8 +56,8 @@ def start_devices(cpu_devices: int, same_bits: bool = False) -> None:
         return
     here = cpu_devices // processes.count()
     jax.config.update('jax_num_cpu_devices', here)
-    threads = max(MIN_CPU_THREADS, 2 * here)
-    os.environ['NPROC'] = str(threads if same_bits else max(_default_threads(), threads))
+    threads = max(2 * here, SAME_BITS_THREADS if same_bits else _default_threads())
+    os.environ['NPROC'] = str(threads)
     if jax.default_backend() == 'cpu':  # which starts it
         keep_freed_memory()
 
