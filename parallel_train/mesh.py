@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,9 @@ from parallel_train.errors import UserError
 from parallel_train.machine import cores, keep_freed_memory
 from parallel_train.reduce import DATA_AXIS
 
-# Threads in the pool of XLA's CPU client where bits count. Its size changes the last bits of some results, so
-# it does not follow the number of devices of a process as long as that is at most half of it.
-SAME_BITS_THREADS = 16
+# Threads in the pool of XLA's CPU client, at least. The size of the pool changes the last bits of some
+# results, so it does not follow the number of devices of a process as long as that is at most half of it.
+MIN_CPU_THREADS = 16
 MAX_CPU_DEVICES = 1024  # each takes two threads
 
 
@@ -35,8 +36,7 @@ def start_devices(cpu_devices: int, same_bits: bool = False) -> None:
 
     Args:
       cpu_devices: over all processes.
-      same_bits: let the pool's size, which changes last bits, follow neither cores nor devices. Else it is as
-        small as it can be, since XLA wakes threads for each operation.
+      same_bits: let the pool's size, which changes last bits, not follow the number of cores.
 
     Raises:
       UserError: the backend runs already, on the CPU, with fewer devices or a pool that can hang; or the
@@ -51,13 +51,13 @@ def start_devices(cpu_devices: int, same_bits: bool = False) -> None:
         )
     if backend_runs():
         if jax.default_backend() == 'cpu':
-            _check_running_cpu_client(cpu_devices)
+            _check_running_cpu_client(cpu_devices, same_bits)
             keep_freed_memory()
         return
     here = cpu_devices // processes.count()
     jax.config.update('jax_num_cpu_devices', here)
-    threads = max(2 * here, SAME_BITS_THREADS if same_bits else _default_threads())
-    os.environ['NPROC'] = str(threads)
+    threads = max(MIN_CPU_THREADS, 2 * here)
+    os.environ['NPROC'] = str(threads if same_bits else max(_default_threads(), threads))
     if jax.default_backend() == 'cpu':  # which starts it
         keep_freed_memory()
 
@@ -84,7 +84,7 @@ def usable_cpu_devices() -> int:
     return max(1, min(len(jax.devices()), _default_threads() // 2))
 
 
-def _check_running_cpu_client(cpu_devices: int) -> None:
+def _check_running_cpu_client(cpu_devices: int, same_bits: bool) -> None:
     if len(jax.devices()) < cpu_devices:
         raise UserError(
             f'devices={cpu_devices}: JAX runs already with {len(jax.devices())} CPU devices; call '
@@ -96,6 +96,13 @@ def _check_running_cpu_client(cpu_devices: int) -> None:
             f'devices={cpu_devices}: JAX runs already with a pool of {threads} threads, which can hang '
             f'with fewer than {2 * cpu_devices}; call parallel_train.start_devices({cpu_devices}) '
             f'before anything else uses JAX, or set NPROC={2 * cpu_devices} in the environment'
+        )
+    if same_bits and threads != max(MIN_CPU_THREADS, 2 * cpu_devices):
+        warnings.warn(
+            f"reduction='tree': JAX runs already with a pool of {threads} threads: the bits will be those of "
+            f'runs with as many; call parallel_train.start_devices({cpu_devices}, same_bits=True) before '
+            'anything else uses JAX',
+            stacklevel=3,
         )
 
 
