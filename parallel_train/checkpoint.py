@@ -33,6 +33,7 @@ from parallel_train.state import TrainState, saved_parts
 from parallel_train.workdir import CHECKPOINTS
 
 DAMAGED = 'damaged'  # folder of a workdir, beside its checkpoints
+_A_DAY = 86_400.0  # seconds
 _FINGERPRINTS, _ACCURACY = 'fingerprints', 'accuracy'  # in the metadata of a checkpoint
 
 
@@ -154,7 +155,8 @@ class Checkpoints:
                 if processes.exchange_failed(error):  # not the disk: another process is gone
                     raise
                 problem = _first_line(error)
-        problem = processes.share(lambda: problem)
+        # A save may take longer than any exchange; whether process 0 still lives is the lifeline's question.
+        problem = processes.share(lambda: problem, timeout=_A_DAY)
         if not problem:
             return True
         self._say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -41,18 +42,23 @@ class Evaluator:
             }
 
     def __call__(
-        self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
+        self,
+        state: TrainState,
+        interrupted: Callable[[], bool] = lambda: False,
+        first_batch: contextlib.AbstractContextManager[Any] = contextlib.nullcontext(),  # noqa: B008, empty
     ) -> dict[str, float] | None:
         """Returns 'loss' and 'accuracy' (means over the split) and 'num_examples'.
 
-        None if `interrupted`, which is asked before each batch, says so.
+        None if `interrupted`, which is asked before each batch, says so. The first batch is computed within
+        `first_batch`: it may compile.
         """
         variables = state.evaluated()
         sums: list[dict[str, jax.Array]] = []
         for i, data in enumerate(self._batches()):
             if interrupted():
                 return None
-            sums.append(self._step(variables['params'], variables['batch_stats'], data, np.int32(i)))
+            with first_batch if i == 0 else contextlib.nullcontext():
+                sums.append(self._step(variables['params'], variables['batch_stats'], data, np.int32(i)))
             if i >= _IN_FLIGHT:  # so many batches are on the devices at most
                 jax.block_until_ready(sums[i - _IN_FLIGHT])
         # Added in float64: the split may be larger than float32 can count.

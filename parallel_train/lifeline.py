@@ -61,7 +61,7 @@ class Lifeline:
         self._store = open_store('parallel_train/lifeline')
         self._lock = threading.Lock()  # held while the processes agree, so that `tick` waits
         self._ticks, self._moved = 0, time.monotonic()
-        self._unwatched = 0
+        self._started, self._unwatched = False, 0
         self._due: tuple[int, str] | None = None  # (tick, what)
         self._round, self._told_ticks, self._over = 0, False, False
         self._signals, self._asked = 0, ''
@@ -82,6 +82,10 @@ class Lifeline:
                 what, self._due = self._due[1], None
                 return what
         return None
+
+    def start(self) -> None:
+        """From now on the main thread is to pass moments."""
+        self._started, self._moved = True, time.monotonic()
 
     def save_every(self, seconds: float) -> None:
         """From now on all processes are to save every so many seconds; 0 for not at all."""
@@ -171,9 +175,24 @@ class Lifeline:
                 silent = now - self._heard
                 self._end(f'process 0, the coordinator, is gone or hangs: no answer for {silent:.0f} s')
             still = now - self._moved
-            stuck = self._ticks > 0 and not self._unwatched and still > limits.stall_timeout > 0
+            stuck = self._started and not self._unwatched and still > limits.stall_timeout > 0
             if stuck:
-                self.fail(f'process {self._process} ({processes.host()}) hangs: no step for {still:.0f} s')
+                self.fail(f'{self._furthest_behind()} hangs: no step for {still:.0f} s')
+
+    def _furthest_behind(self) -> str:
+        """Returns which process has passed the fewest moments: all others may wait for it."""
+        places = [(self._ticks, self._process, processes.host())]
+
+        def ask(store: Store) -> None:
+            beats = [(i, store.get(f'beat/{i}')) for i in range(self._count) if i != self._process]
+            for process, beat in beats:
+                if beat is not None and beat != _GONE:
+                    _, _, host, ticks = json.loads(beat)
+                    places.append((ticks, process, host))
+
+        self._tell(ask)
+        _, process, host = min(places)
+        return f'process {process} ({host})'
 
     def _take_signals(self) -> None:
         try:
@@ -218,7 +237,8 @@ class Lifeline:
             store.put(f'beat/{self._process}', _GONE, again=True)
 
     def _beat(self, store: Store, now: float) -> None:
-        store.put(f'beat/{self._process}', json.dumps([now, self.completed, processes.host()]), again=True)
+        beat = [now, self.completed, processes.host(), self._ticks]
+        store.put(f'beat/{self._process}', json.dumps(beat), again=True)
         told = store.get('end')
         if told:
             message, code = json.loads(told)
@@ -267,15 +287,21 @@ class Lifeline:
             self._end('process 0, the coordinator, is gone')
 
     def fail(self, message: str) -> None:
-        """Ends the whole job."""
-        self._end_others(message, FAULT)
-        self._end(message)
+        """Ends the whole job, by what was said first where another ends it at the same time."""
+        said = [message]
+
+        def words(store: Store) -> None:
+            store.put('end', json.dumps([message, FAULT]))
+            said.append(json.loads(store.get('end') or json.dumps([message]))[0])
+
+        self._tell(words)
+        self._end(said[-1])
 
     def _end_others(self, message: str, code: int) -> bool:
         return self._tell(lambda store: store.put('end', json.dumps([message, code])))
 
     def _tell(self, words: Callable[[Store], None]) -> bool:
-        """Says last words to the others, if there are any; whether they were heard."""
+        """Talks to the others once more, if there are any; whether they were heard."""
         store = self._store
         return store is not None and answers(lambda: words(store), _LAST_WORDS)
 

@@ -111,6 +111,7 @@ def train_and_evaluate(
         run = stack.enter_context(
             open_run(job, plan, mesh, workdir, state, checkpoints, lifeline, clock, skip_nonfinite, profiled)
         )
+        lifeline.start()
         clock.add('start-up', clock.total())
         if start:
             state = do_what_is_due(state, run)
@@ -193,8 +194,8 @@ def do_what_is_due(state: TrainState, run: Run) -> TrainState:
             run.replicas.check(state, step)
         if plan.is_due(step, plan.eval_every_steps) and 'eval' not in there:
             jax.block_until_ready(state)  # else the evaluation would be charged for steps under way
-            with run.clock.timed('eval'), run.compiling('evaluation'):
-                evaluation = run.evaluator(state, run.must_stop)
+            with run.clock.timed('eval'):
+                evaluation = run.evaluator(state, run.must_stop, run.compiling('evaluation'))
             if evaluation is None:  # interrupted
                 return stop(state, run)
             run.recorder.evaluated(step, evaluation)
@@ -209,12 +210,14 @@ def save(state: TrainState, run: Run) -> None:
     run.save_asked = False
     if run.checkpoints.latest_step() == run.step:
         return
-    with run.compiling('save'):
-        if run.recorder.sync(state):
+    with run.compiling('checks of the state'):
+        good = run.recorder.sync(state)
+        if good:
             run.replicas.check(state, run.step)
             fingerprints = run.replicas.settle()
-            with run.clock.timed('save'):
-                run.checkpoints.save(run.step, state, fingerprints, run.log.accuracy_at(run.step))
+    if good:
+        with run.clock.timed('save'):
+            run.checkpoints.save(run.step, state, fingerprints, run.log.accuracy_at(run.step))
     run.restart_interval()
 
 

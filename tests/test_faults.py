@@ -1,4 +1,4 @@
-"""Pull any plug, lose nothing: damaged checkpoints, full disks, lost folders, SIGKILL."""
+"""Pull any plug, lose nothing: damaged checkpoints, full disks, lost folders, jumping clocks, SIGKILL."""
 
 from __future__ import annotations
 
@@ -352,7 +352,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error(
     assert_same_end(workdir, slow_undisturbed)
 
 
-# ---------------------------------------------------------------- the folder goes
+# ---------------------------------------------------------------- the folder goes, the clock jumps
 
 
 @pytest.mark.slow
@@ -374,6 +374,37 @@ def test_a_workdir_that_is_removed_ends_the_run(slow_job: Job, tmp_path: Path) -
         *slow_job.train(workdir, '--config.num_epochs=6', '--allow_plan_change'), env=slow_job.env
     )
     assert 'resuming from step' in result.stdout
+
+
+# Python runs this first, where it is the first `sitecustomize`: the time of day, as every library of the run
+# asks for it in Python, jumps by four days, to and fro. (The C library's cannot be changed for one process
+# alone without breaking its waits.)
+JUMPING_CLOCK = """
+import time
+
+seconds, nanoseconds = time.time, time.time_ns
+
+
+def away():
+    return 172_800 if int(4 * time.monotonic()) % 2 else -172_800
+
+
+time.time = lambda: seconds() + away()
+time.time_ns = lambda: nanoseconds() + away() * 10**9
+"""
+
+
+def test_a_clock_that_jumps_changes_nothing(tiny_job: Job, undisturbed: Path, tmp_path: Path) -> None:
+    (tmp_path / 'sitecustomize.py').write_text(JUMPING_CLOCK)
+    path = os.pathsep.join([str(tmp_path), tiny_job.env.get('PYTHONPATH', '')])
+    env = {**tiny_job.env, 'PYTHONPATH': path}
+    ask = [cli()[0], '-c', f'import time; print(abs(time.time() - {time.time()}) > 80_000)']
+    assert subprocess.run(ask, env=env, capture_output=True, text=True, check=True).stdout == 'True\n'
+    run_ok(*tiny_job.train(tmp_path / 'run'), env=env)
+    assert_same_run(tmp_path / 'run', undisturbed)
+    for row in read_rows(tmp_path / 'run'):
+        if row['split'] == 'train':
+            assert 0 < row['examples_per_second'] < 1e7 and 0 <= row['data_wait_fraction'] <= 1
 
 
 # ---------------------------------------------------------------- killed, again and again

@@ -52,6 +52,7 @@ MORE_FLAGS = [
     '--config.reduction=tree',
     '--config.divergence_check_steps=20',
 ]  # the main recipe, but shorter
+STOP_SECONDS = 10  # from SIGTERM to the end of the last process
 PATIENCE = 400  # seconds for anything, on a machine that does other work too
 
 
@@ -169,6 +170,7 @@ def check(fault: Fault, life: Life) -> None:
     for index, result in enumerate(life.results):
         if fault.signal == signal.SIGTERM:
             assert result.code == 75, (fault, index, result)
+            assert life.ending < STOP_SECONDS, (fault, life.ending, result)
         elif fault.victim in (None, index):
             assert result.code == -signal.SIGKILL, (fault, index, result)
         else:
