@@ -65,8 +65,11 @@ def create_model(config: Any) -> nn.Module:
     """
     path = config_fields.BUILT_IN_MODELS.get(config.model, config.model)
     factory = config_lib.import_object('model', path)
-    if not callable(factory):
-        raise UserError(f'config.model={config.model!r}: must name a Linen module class')
+    if not _makes_models(factory):  # nothing else is called: the path may come from a workdir's config
+        raise UserError(
+            f'config.model={config.model!r}: must name a flax.linen Module class or a Python function that '
+            f'makes one, not {getattr(factory, "__name__", factory)!r}'
+        )
     known = {
         'num_classes': config.num_classes or GUIDE_NUM_CLASSES,
         'dtype': jnp.dtype(config.dtype),
@@ -90,6 +93,12 @@ def create_model(config: Any) -> nn.Module:
             f'config.model={config.model!r}: must give a flax.linen Module, not {type(model).__name__}'
         )
     return model
+
+
+def _makes_models(factory: Any) -> bool:
+    if isinstance(factory, type):
+        return issubclass(factory, nn.Module)
+    return inspect.isfunction(factory) or isinstance(factory, functools.partial)
 
 
 def takes_train(model: nn.Module) -> bool:

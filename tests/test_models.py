@@ -192,3 +192,12 @@ def test_positions_are_those_of_the_paper() -> None:
 def test_a_model_without_dtype_is_not_silently_float32() -> None:
     with pytest.raises(UserError, match=r"config.dtype='bfloat16'.*no field dtype"):
         create_model(make_config('tests.models_for_tests:Linear', 'bfloat16', FASHION))
+
+
+@pytest.mark.parametrize(
+    'path', ['os:abort', 'collections:OrderedDict', 'parallel_train.config_fields:OPTIMIZERS']
+)
+def test_only_what_can_make_models_is_called(path: str) -> None:
+    """A path may come from a workdir's config; `os.abort`, called, would end these tests."""
+    with pytest.raises(UserError, match=f'config.model={path!r}: must name a flax.linen Module class'):
+        create_model(make_config(path, data=FASHION))
