@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax._src.compiler as jax_compiler
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from parallel_train import config as config_lib
+from parallel_train import run as run_lib
 from parallel_train import train as train_lib
+from parallel_train.batches import HostFeed, ResidentFeed
 from parallel_train.dataset import Split
 from parallel_train.errors import Diverged
 from parallel_train.load import load_model
 from parallel_train.mesh import make_mesh, start_devices
 from parallel_train.metrics import read_rows
+from parallel_train.plan import make_plan
+from parallel_train.profiling import Profiler, Steps
+from tests.conftest import without_timing
 from tests.models_for_tests import noise, tiny
 
 start_devices(8)
@@ -164,3 +173,170 @@ def test_the_best_checkpoint_is_known_after_a_resume(tmp_path: Path) -> None:
             assert checkpoints.save(step, state, digest(state), accuracy) and checkpoints.wait()
             kept = checkpoints.steps()
     assert kept == [2, 5]
+
+
+# ---------------------------------------------------------------- ahead of the devices
+
+GATE = threading.Event()
+OPENED: list[bool] = []  # of each wait at the gate: whether it was opened, or the patience was at its end
+
+
+def wait_at_gate() -> np.float32:
+    OPENED.append(GATE.wait(timeout=20))
+    GATE.set()  # patience ends once
+    return np.float32(0)
+
+
+class Gated(nn.Module):
+    """A linear model whose step in training is not complete on any device before the gate is opened."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        if train:
+            x = x + jax.pure_callback(wait_at_gate, jax.ShapeDtypeStruct((), jnp.float32))
+        return nn.Dense(10)(x.reshape((x.shape[0], -1)))
+
+
+@pytest.mark.parametrize('placement', ['device', 'host'])
+def test_the_host_is_steps_ahead_of_the_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: str
+) -> None:
+    """Three steps are dispatched, and the row after them is asked for, before the first is complete.
+
+    A loop that waited for any of these would wait until the gate's patience is at its end.
+    """
+    GATE.clear()
+    OPENED.clear()
+    complete: list[bool] = []
+    do_what_is_due = train_lib.do_what_is_due
+
+    def opening(state: Any, run: Any) -> Any:
+        state = do_what_is_due(state, run)
+        if run.step == 3:
+            complete.append(state.step.is_ready())
+            GATE.set()
+        return state
+
+    monkeypatch.setattr(train_lib, 'do_what_is_due', opening)
+    config = tiny(model=f'{__name__}:Gated', log_every_steps=3, data_placement=placement)
+    state = train_lib.train_and_evaluate(config, tmp_path, devices=2)
+    assert complete == [False]
+    assert int(state.step) == 24 and OPENED == [True] * 2 * 24
+
+
+def test_a_row_is_fetched_while_the_steps_after_it_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written when the next one is due, so that nobody waits for its numbers; at the end all are."""
+    written: dict[int, list[int]] = {}
+    do_what_is_due = train_lib.do_what_is_due
+
+    def noting(state: Any, run: Any) -> Any:
+        state = do_what_is_due(state, run)
+        written[run.step] = [row['step'] for row in read_rows(tmp_path)]
+        return state
+
+    monkeypatch.setattr(train_lib, 'do_what_is_due', noting)
+    # An evaluation or a save writes what waits: they come at the end alone.
+    config = tiny(log_every_steps=3, eval_every_epochs=0.0, checkpoint_every_epochs=0.0)
+    train_lib.train_and_evaluate(config, tmp_path, devices=2)
+    assert sorted(written) == list(range(1, 25))
+    for step in range(1, 24):
+        last_due = step // 3 * 3
+        assert written[step] == list(range(3, last_due, 3)), step
+    assert [row['step'] for row in read_rows(tmp_path) if row['split'] == 'train'] == list(range(3, 25, 3))
+
+
+# ---------------------------------------------------------------- several steps in one dispatch
+
+
+def complete_config(**fields: Any) -> Any:
+    return config_lib.with_dataset(config_lib.complete(tiny(**fields)), (28, 28, 1), 10)
+
+
+@pytest.mark.parametrize(
+    ('on_cpu', 'kind', 'reduction', 'count'),
+    [
+        (False, ResidentFeed, 'pmean', 5),
+        (True, ResidentFeed, 'pmean', 1),
+        (False, HostFeed, 'pmean', 1),
+        (False, ResidentFeed, 'tree', 1),
+    ],
+)
+def test_steps_in_one_dispatch_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_cpu: bool, kind: Any, reduction: str, count: int
+) -> None:
+    if not on_cpu:
+        monkeypatch.setattr(run_lib, 'mesh_lib', SimpleNamespace(is_cpu=lambda mesh: False))
+    config, mesh = complete_config(steps_per_dispatch=5, reduction=reduction, shards=4), make_mesh(2)
+    split = Split(*noise('train', tmp_path), tuple(map(str, range(10))))
+    feed = kind(split, config, make_plan(config, 256, 64, 2), mesh)
+    assert run_lib.steps_per_dispatch(config, mesh, feed) == count
+    feed.close()
+
+
+# By hand, for 8 steps an epoch: after which steps the host has something to do.
+WALKS: dict[str, tuple[int, dict[str, Any], Steps | None, list[int]]] = {
+    'one at a time': (1, {'log_every_steps': 100}, None, list(range(1, 25))),
+    'epochs end': (3, {'log_every_steps': 100}, None, [3, 6, 7, 8, 11, 14, 15, 16, 19, 22, 23, 24]),
+    'whole epochs': (8, {'log_every_steps': 100}, None, [8, 16, 24]),
+    'more than an epoch': (9, {'log_every_steps': 100}, None, list(range(1, 25))),
+    'half an epoch at the end': (
+        8,
+        {'log_every_steps': 100, 'num_epochs': 2.5},
+        None,
+        [8, 16, 17, 18, 19, 20],
+    ),
+    'rows': (3, {'log_every_steps': 3}, None, [3, 6, 7, 8, 9, 12, 15, 16, 17, 18, 21, 24]),
+    'checkpoints': (
+        4,
+        {'log_every_steps': 100, 'checkpoint_every_steps': 6},
+        None,
+        [4, 5, 6, 7, 8, 12, 16, 17, 18, 22, 23, 24],
+    ),
+    'comparisons of the devices': (
+        4,
+        {'log_every_steps': 100, 'divergence_check_steps': 10},  # every 5
+        None,
+        [4, 5, 6, 7, 8, 9, 10, 14, 15, 16, 20, 24],
+    ),
+    'a trace': (4, {'log_every_steps': 100}, Steps(5, 14), [4, 5, 6, 7, 8, 12, 13, 14, 15, 16, 20, 24]),
+}
+
+
+@pytest.mark.parametrize('case', WALKS)
+def test_no_dispatch_passes_what_is_due_nor_the_end_of_an_epoch(tmp_path: Path, case: str) -> None:
+    largest, fields, profiled, expected = WALKS[case]
+    plan = make_plan(complete_config(**fields), 256, 64, 2)
+    run: Any = SimpleNamespace(
+        step=0, plan=plan, profiler=Profiler(profiled, tmp_path, 0), train_steps={1: None, largest: None}
+    )
+    steps = []
+    while run.step < plan.num_steps:
+        end = min((run.step // plan.steps_per_epoch + 1) * plan.steps_per_epoch, plan.num_steps)
+        run.step += train_lib.next_dispatch(run, end)
+        steps.append(run.step)
+    assert steps == expected
+
+
+def test_a_run_with_several_steps_in_one_dispatch_is_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_lib.train_and_evaluate(tiny(), tmp_path / 'one', devices=2)
+    # The loop alone takes these devices for others than CPUs, which get one step at a time.
+    monkeypatch.setattr(run_lib, 'mesh_lib', SimpleNamespace(is_cpu=lambda mesh: False))
+    counts: list[int] = []
+    next_dispatch = train_lib.next_dispatch
+
+    def noting(run: Any, end: int) -> int:
+        counts.append(next_dispatch(run, end))
+        return counts[-1]
+
+    monkeypatch.setattr(train_lib, 'next_dispatch', noting)
+    state = train_lib.train_and_evaluate(tiny(steps_per_dispatch=3), tmp_path / 'three', devices=2)
+    assert counts == [3, 3, 1, 1, 1, 3, 3, 1, 1, 1, 3, 3] and int(state.step) == 24
+    one, three = (without_timing(read_rows(tmp_path / name)) for name in ('one', 'three'))
+    assert [row['step'] for row in three] == [row['step'] for row in one]
+    for row, same in zip(three, one, strict=True):
+        assert row.pop('split') == same.pop('split')
+        assert row == pytest.approx(same, rel=1e-4)

@@ -116,6 +116,30 @@ def test_plan_is_the_same_on_any_device_count() -> None:
         assert [plan.rate(step) for step in range(2500)] == [plans[0].rate(step) for step in range(2500)]
 
 
+@pytest.mark.parametrize('fields', [{}, {'shards': 24}, {'shards': 48, 'accumulation_steps': 2}])
+def test_plan_is_the_same_in_any_number_of_processes(fields: dict[str, Any]) -> None:
+    for devices in (4, 8):
+        plans = {n: make_plan(config(**fields), 60_000, 10_000, devices, n) for n in (1, 2, 4)}
+        one = plans[1].to_dict()
+        for processes, plan in plans.items():
+            assert (plan.num_processes, plan.num_devices) == (processes, devices)
+            assert plan.to_dict() == {**one, 'num_processes': processes}
+            assert plan.pieces == plans[1].pieces  # the rate of every step
+
+
+def test_plan_is_the_same_on_any_devices_in_any_processes() -> None:
+    first = make_plan(config(shards=24), 60_000, 10_000, 1, 1)
+    for devices, processes in ((2, 1), (2, 2), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)):
+        plan = make_plan(config(shards=24), 60_000, 10_000, devices, processes)
+        hardware = {
+            'num_devices': devices, 'num_processes': processes, 'per_device_batch_size': 240 // devices
+        }  # fmt: skip
+        assert set(hardware) == set(HARDWARE_FIELDS)
+        assert plan.to_dict() == {**first.to_dict(), **hardware}
+        assert plan.comparable() == first.comparable()
+        assert plan.pieces == first.pieces
+
+
 def test_clamped_decay_is_said_loudly() -> None:
     plan = make_plan(config(num_epochs=2.5, warmup_epochs=2, learning_rate=0.1), 1200, 100, 1)
     assert (plan.num_steps, plan.warmup_steps, plan.decay_steps) == (12, 10, 5)

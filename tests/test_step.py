@@ -213,6 +213,63 @@ def test_several_steps_in_one_dispatch_are_the_same_steps() -> None:
     assert float(a.sums['updates']) == float(b.sums['updates']) == 6
 
 
+def in_colour(split: Split) -> Split:
+    """The images in three channels, each other than the next."""
+    grey = split.images
+    return Split(np.concatenate([grey, 255 - grey, grey // 2], axis=-1), split.labels, split.class_names)
+
+
+@pytest.mark.parametrize(
+    ('channels', 'mean', 'std'),
+    [
+        (1, (0.286,), (0.353,)),
+        (3, (0.2, 0.7, 0.4), (0.2, 0.3, 0.5)),
+        (3, (0.4,), ()),
+    ],
+)
+def test_pixels_are_normalised_in_training_and_evaluation(
+    channels: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    """One SGD step with rate 1, and an evaluation, against the formulas on images normalised by hand."""
+    split = make_split() if channels == 1 else in_colour(make_split())
+    fields = {'input_shape': (28, 28, channels), 'pixel_mean': mean, 'pixel_std': std, 'eval_batch_size': 40}
+    config = make_config('linear', **fields)
+    before, after = train(config, 2, 0, split), train(config, 2, 1, split, rate=1.0)
+    images = ((split.images / 255 - (mean or 0)) / (std or 1)).astype(np.float32)
+
+    def mean_loss(params: Any, examples: np.ndarray) -> jax.Array:
+        logits = create_model(config).apply({'params': params}, images[examples])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, split.labels[examples])
+        return jnp.mean(losses)
+
+    loss, gradient = jax.value_and_grad(mean_loss)(before.params, epoch_batches(config.seed, 0, 96, 32)[0])
+    assert after.sums['loss'] == pytest.approx(float(loss), rel=1e-5)
+    got = jax.tree.map(lambda b, a: b - a, before.params, after.params)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+    mesh = make_mesh(2)
+    for placement in ('device', 'host'):
+        result = Evaluator(split, make_config('linear', data_placement=placement, **fields), mesh, before)(
+            before
+        )
+        assert result['num_examples'] == 96
+        assert result['loss'] == pytest.approx(float(mean_loss(before.params, np.arange(96))), rel=1e-5)
+
+
+@pytest.mark.parametrize(('reduction', 'num_steps'), [('pmean', 1), ('pmean', 3), ('tree', 1)])
+def test_the_state_is_donated(reduction: str, num_steps: int) -> None:
+    """A step takes the memory of the state that it is given: two states are never held."""
+    config = make_config('tests.models_for_tests:DenseNormNet', reduction=reduction)
+    split, mesh, plan = make_split(), make_mesh(2), make_plan(config, 96, 1, 2)
+    feed = ResidentFeed(split, config, plan, mesh)
+    state, data = initialise(config, 0.05, mesh), feed.at(0)
+    step = make_train_step(config, plan, mesh, num_steps)
+    for _ in range(2):
+        given, state = state, step(state, data)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((state, data)))
+
+
 def test_accumulation_in_a_scan_is_accumulation_unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
     """`lax.scan` is for accelerators; here it is made to run on the CPU."""
     config = make_config('norm_dropout', accumulation_steps=4)
