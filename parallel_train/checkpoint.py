@@ -82,21 +82,24 @@ class Checkpoints:
         self._workdir, self._keep, self._say, self._snapshots = workdir, keep, say, snapshots
         self._read_only = read_only or not processes.is_first()
         self._saving: int | None = None  # the step of the last save
+        self._accuracy: dict[int, float] = {}  # on the eval split, by step
         self._open()
 
     def _open(self) -> None:
         directory = absolute(self._workdir / CHECKPOINTS)
-        accuracy: dict[int, float] = {}
-        policy = KeepLatestAndBest(self._keep, accuracy, self._snapshots)
+        policy = KeepLatestAndBest(self._keep, self._accuracy, self._snapshots)
         if processes.is_first():
             self._manager = open_manager(directory, policy, self._read_only)
         self._latest: int | None = processes.share(lambda: self._manager.latest_step())
         if not processes.is_first():  # now that process 0 has made the folder
             self._manager = open_manager(directory, policy, self._read_only)
-        self._accuracy = accuracy
         for step in self.steps():
             with contextlib.suppress(Exception):  # none, or damaged
-                accuracy[step] = float(self._metadata(step)[_ACCURACY])
+                self.evaluated(step, float(self._metadata(step)[_ACCURACY]))
+
+    def evaluated(self, step: int, accuracy: float) -> None:
+        """Tells of an evaluation after `step` updates, whose checkpoint may have been saved before it."""
+        self._accuracy[step] = accuracy
 
     def _metadata(self, step: int) -> dict[str, Any]:
         """Returns what `save` put beside the arrays; {} where it is lost."""
@@ -128,7 +131,8 @@ class Checkpoints:
         self._saving = step
         beside: dict[str, Any] = {_FINGERPRINTS: fingerprints}
         if accuracy is not None:
-            beside[_ACCURACY] = self._accuracy[step] = accuracy
+            self.evaluated(step, accuracy)
+            beside[_ACCURACY] = accuracy
 
         def begin() -> None:
             parts = jax.tree.map(_here, saved_parts(state))

@@ -95,6 +95,9 @@ def open_run(
     """Opens feed, evaluator, log and step for a run that starts from `state`; closes them at the end."""
     start, first = int(state.step), processes.is_first()
     log = MetricsLog(workdir, start, active=first)
+    for row in log.rows:
+        if row['split'] == 'eval':
+            checkpoints.evaluated(row['step'], row['accuracy'])
     unit = unit_of(job.config.input_shape)
     lifeline.save_every(60 * job.config.checkpoint_every_minutes)
     with (

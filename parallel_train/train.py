@@ -199,6 +199,7 @@ def do_what_is_due(state: TrainState, run: Run) -> TrainState:
             if evaluation is None:  # interrupted
                 return stop(state, run)
             run.recorder.evaluated(step, evaluation)
+            run.checkpoints.evaluated(step, evaluation['accuracy'])
             run.restart_interval()
         if plan.is_due(step, plan.checkpoint_every_steps) or run.save_asked:
             save(state, run)

@@ -159,8 +159,12 @@ def test_fresh_batches_on_many_cpu_devices_never_hang(tmp_path: Path, devices: i
     assert int(words[words.index('pool') + 1]) >= 2 * devices
 
 
-def test_the_best_checkpoint_is_known_after_a_resume(tmp_path: Path) -> None:
-    """Orbax forgets what was saved before it was opened, and would delete the best like any other."""
+@pytest.mark.parametrize('told', ['with the save', 'after it, and after each resume'])
+def test_the_best_checkpoint_is_known_after_a_resume(told: str, tmp_path: Path) -> None:
+    """Orbax forgets what was saved before it was opened, and would delete the best like any other.
+
+    A run that is stopped in the middle of an evaluation has saved before it: the rows tell later.
+    """
     from parallel_train.checkpoint import open_checkpoints
     from parallel_train.replicas import digest
     from parallel_train.schedule import create_learning_rate_fn
@@ -168,8 +172,16 @@ def test_the_best_checkpoint_is_known_after_a_resume(tmp_path: Path) -> None:
 
     config = config_lib.with_dataset(config_lib.complete(tiny()), (28, 28, 1), 10)
     state = initialise(config, create_learning_rate_fn(config, 0.1, 8), make_mesh(1))
-    for step, accuracy in [(1, 0.5), (2, 0.9), (3, 0.7), (4, None), (5, 0.6)]:
+    accuracies = {1: 0.5, 2: 0.9, 3: 0.7, 5: 0.6}
+    for step in range(1, 6):
         with open_checkpoints(tmp_path, keep=1) as checkpoints:
+            if told == 'with the save':
+                accuracy = accuracies.get(step)
+            else:
+                accuracy = None
+                for before in range(1, step):
+                    if before in accuracies:
+                        checkpoints.evaluated(before, accuracies[before])
             assert checkpoints.save(step, state, digest(state), accuracy) and checkpoints.wait()
             kept = checkpoints.steps()
     assert kept == [2, 5]
