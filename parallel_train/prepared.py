@@ -26,6 +26,7 @@ CHECKSUMS = 'idx_checksums.json'  # of the files that a set was prepared from, I
 READABLE_FORMATS = ('array_record', 'parquet')
 _NAME = re.compile(r'(?P<name>\w+)(/(?P<config>[\w+\-][\w+\-.]*))?(:(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?$')
 _VERSION = re.compile(r'\d+\.\d+\.\d+$')
+_SPLIT = re.compile(r'[\w-]+')
 _SIMPLE_SPLIT = re.compile(
     r'(?P<name>[\w-]+)(\[((?P<start>-?\d+)(?P<u1>%?))?:((?P<stop>-?\d+)(?P<u2>%?))?\])?$'
 )
@@ -151,6 +152,12 @@ def _read(name: str, path: Path) -> Prepared:
             f'{path} is stored as {"/".join(sorted(formats))}, which cannot be read by index: '
             'remove that folder or choose another --data_dir, then run `prepare` again'
         )
+    for split in info.get('splits', []):
+        if not _SPLIT.fullmatch(split['name']):  # names of files are made from it
+            raise UserError(
+                f'{path}: its dataset_info.json names a split {split["name"]!r}, and such a name is of '
+                'letters, digits, _ and - alone: delete this folder and run `prepare` again'
+            )
     names = path / 'label.labels.txt'
     checksums = path / CHECKSUMS
     content = info_text + features_text + (checksums.read_text() if checksums.is_file() else '')

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from parallel_train import config as config_lib
 from parallel_train import config_fields, lease, processes
@@ -132,7 +132,7 @@ def check_plan(workdir: Path, config: Any, plan: Plan, allow_plan_change: bool) 
     Raises:
       UserError: names the fields that differ.
     """
-    hardware: tuple[str, ...] = (*HARDWARE_FIELDS, 'warnings')
+    hardware: tuple[str, ...] = (*HARDWARE_FIELDS, *config_fields.RUN_FIELDS, 'warnings')
     if not config.shards:  # 0 means as many as the hardware takes
         hardware += ('shards', 'examples_per_shard')
     there = read_json(workdir / PLAN) or {}
@@ -207,7 +207,7 @@ def hold(workdir: Path, lost: Callable[[str], None] | None = None) -> Iterator[N
         return
     new = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / LOCK, 'a+') as file:
+    with _open_lock(workdir / LOCK) as file:
         try:
             locked = lock(file.fileno())
         except BlockingIOError as error:
@@ -232,6 +232,23 @@ def hold(workdir: Path, lost: Callable[[str], None] | None = None) -> Iterator[N
                     with contextlib.suppress(OSError):
                         folder.rmdir()
             raise
+
+
+def _open_lock(path: Path) -> TextIO:
+    """Opens the lock file, made if need be; not through a link, whose target would be truncated."""
+
+    def no_link(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+
+    try:
+        return open(path, 'a+', opener=no_link)
+    except OSError as error:
+        if not path.is_symlink():
+            raise
+        raise UserError(
+            f'workdir={str(path.parent)!r}: its {LOCK} is a link, which this program neither makes nor '
+            'follows; remove it, or name another workdir'
+        ) from error
 
 
 def check_seen_by_all(workdir: Path) -> None:

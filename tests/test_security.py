@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
+from parallel_train import workdir as workdir_lib
 from parallel_train.dataset import load_split
 from parallel_train.errors import UserError
 from parallel_train.prepared import find_prepared
@@ -76,14 +77,10 @@ def test_the_code_neither_unpickles_nor_evaluates() -> None:
 
 # Python runs this before anything else, where it is the first `sitecustomize`.
 NO_UNPICKLING = """
-import _pickle, pickle, sys, traceback
-
-loads = pickle.loads
+import _pickle, pickle, traceback
 
 
 def refuse(*args, **options):
-    if sys._getframe(1).f_code.co_filename.endswith('multiprocessing/queues.py'):
-        return loads(*args, **options)  # TensorBoard's writer, from its one thread to the other
     with open({marker!r}, 'a') as file:
         traceback.print_stack(file=file)
     raise pickle.UnpicklingError('refused')
@@ -158,6 +155,37 @@ def test_the_note_of_a_default_config_stays_in_the_data_dir(undecoded: Path, tmp
     note.write_text(json.dumps({'default_config_name': str(tmp_path / 'elsewhere')}))
     with pytest.raises(UserError, match='neither a TFDS name'):
         find_prepared('mnist', undecoded)
+
+
+@pytest.mark.parametrize('name', ['../../../../outside', 'a/b', '/outside', '..', 'train.x', 'train\n', ''])
+def test_splits_of_a_prepared_set_stay_in_its_folder(name: str, undecoded: Path, tmp_path: Path) -> None:
+    """The folder of the decoded arrays is named after the split, and so is what is deleted there first."""
+    (path,) = undecoded.glob('*/*/dataset_info.json')
+    info = json.loads(path.read_text())
+    info['splits'].append({**info['splits'][0], 'name': name})
+    path.write_text(json.dumps(info))
+    for split in ('train', name):
+        with pytest.raises(UserError) as caught:
+            load_split('mnist', split, undecoded)
+        for word in (str(path.parent), repr(name), 'run `prepare` again'):
+            assert word in str(caught.value)
+    assert not list(undecoded.rglob('decoded')) and [p.name for p in tmp_path.iterdir()] == ['data']
+
+
+@pytest.mark.parametrize('there', [True, False], ids=['to a file', 'to nothing'])
+def test_a_link_in_place_of_the_lock_is_not_followed(there: bool, tmp_path: Path) -> None:
+    """Who holds the workdir writes into that file, after emptying it."""
+    target, workdir = tmp_path / 'precious', tmp_path / 'run'
+    workdir.mkdir()
+    (workdir / workdir_lib.LOCK).symlink_to(target)
+    if there:
+        target.write_text('precious')
+    with pytest.raises(UserError, match=r'its \.lock is a link.*; remove it'), workdir_lib.hold(workdir):
+        pass
+    assert target.exists() == there and (not there or target.read_text() == 'precious')
+    (workdir / workdir_lib.LOCK).unlink()
+    with workdir_lib.hold(workdir):
+        assert f'process {os.getpid()} on' in (workdir / workdir_lib.LOCK).read_text()
 
 
 def test_a_job_of_this_machine_listens_to_this_machine_alone(job: Job, tmp_path: Path) -> None:
