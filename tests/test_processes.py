@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -10,10 +12,16 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from parallel_train import config as config_lib
+from parallel_train import preflight
+from parallel_train import processes as processes_lib
+from parallel_train.dataset import Split
+from parallel_train.mesh import start_devices
 from tests.conftest import (
     NUM_STEPS,
     ROOT,
@@ -337,6 +345,71 @@ def test_what_never_ends_is_noticed(train: bool, calls: int, job: Job, tmp_path:
 
 
 # ---------------------------------------------------------------- what does not fit together
+
+
+@pytest.fixture(scope='module')
+def checked_job(small_mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> preflight.Job:
+    """A job as each process checks it by itself."""
+    start_devices(8)  # as every test that uses JAX in this process: the first one decides
+    config = config_lib.Config({'dataset': 'mnist', 'batch_size': 40})
+    return preflight.check_job(config, tmp_path_factory.mktemp('checked') / 'run', small_mnist, 2, False)
+
+
+def told(job: preflight.Job, **changed: Any) -> dict[str, Any]:
+    """What a process with this job tells of itself, as it arrives at process 0."""
+    facts = {**preflight.facts(job), **changed}
+    return json.loads(json.dumps({'facts': facts, 'address': ('host', '10.0.0.1')}))
+
+
+TRAIN, EVAL = (f"{split} split of 'mnist' (shape, digests)" for split in ('train', 'eval'))
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('code of parallel_train', '0123456789ab'),
+        *[(package, '0.0.1') for package in ('jax', 'jaxlib', 'flax', 'optax')],
+        ('devices', 4),
+        ('devices', None),
+        ('config.learning_rate', 0.25),
+        (TRAIN, '(200, 28, 28, 1), 00000000, 00000000'),
+        (EVAL, '(50, 28, 28, 1), 00000000, 00000000'),
+    ],
+)
+def test_each_difference_names_process_and_field(field: str, value: Any, checked_job: preflight.Job) -> None:
+    same = told(checked_job)
+    has = same['facts'][field]
+    assert processes_lib.differences([same, same, same]) == ''
+    message = processes_lib.differences([same, same, told(checked_job, **{field: value})])
+    assert message.startswith(f'process 2: {field} is {value!r}, process 0 has {has!r}; start all processes')
+
+
+@pytest.mark.parametrize('split', ['train', 'eval'])
+@pytest.mark.parametrize('part', ['images', 'labels'])
+def test_data_that_differ_in_one_label_or_pixel(split: str, part: str, checked_job: preflight.Job) -> None:
+    """As many examples of the same shape: the digest alone tells."""
+    mine: Split = getattr(checked_job, f'{split}_split')
+    other = np.array(getattr(mine, part))
+    other.reshape(-1)[-1 if part == 'labels' else 0] ^= 1
+    changed = dataclasses.replace(mine, **{part: other})
+    other_job = dataclasses.replace(checked_job, **{f'{split}_split': changed})
+    message = processes_lib.differences([told(checked_job), told(other_job)])
+    assert message.startswith(f"process 1: {split} split of 'mnist' (shape, digests) is '({len(mine)}, 28, ")
+
+
+def test_an_error_of_one_process_comes_before_differences(checked_job: preflight.Job) -> None:
+    same, other = told(checked_job), told(checked_job, devices=4)
+    assert processes_lib.differences([same, other, {'error': 'no data here'}]) == 'process 2: no data here'
+    assert processes_lib.differences([{'error': 'no data here'}, other]) == 'no data here'
+
+
+def test_a_host_that_others_cannot_reach_is_named(checked_job: preflight.Job) -> None:
+    """Its name means itself there; that matters to jobs of several hosts alone."""
+    here, there = ({**told(checked_job), 'address': [name, '127.0.1.1']} for name in ('here', 'there'))
+    assert processes_lib.differences([here, here]) == ''
+    assert processes_lib.differences([told(checked_job), there]).startswith(
+        "process 1: its host name 'there' means 127.0.1.1 there"
+    )
 
 
 def test_processes_that_differ_are_refused_by_name(tree_job: Job, start: Start, tmp_path: Path) -> None:

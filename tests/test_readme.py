@@ -40,14 +40,19 @@ def test_commands_of_the_readme(tmp_path: Path, data_dir: Path) -> None:
             (tmp_path / name[1]).write_text(block)
         else:
             programs.append(block)
-    ran = []
+    ran, digests = [], list[str]()
     for command in commands():
         flags = [f'--data_dir={data_dir}']
         if command[0] == 'train':
-            flags += QUICK.split() + ([] if '--devices=4' in command else ['--devices=2'])
-        run_ok(*command, *flags, cwd=tmp_path)
+            own_devices = any(flag.startswith('--devices=') for flag in command)
+            flags += QUICK.split() + ([] if own_devices else ['--devices=2'])
+        said = run_ok(*command, *flags, cwd=tmp_path).stdout
+        if '--config.reduction=tree' in command:
+            digests += re.findall(r'^sha256 of the parameters: (\w{64})$', said, re.MULTILINE)
         ran.append(command[0])
     assert ran.count('train') >= 3 and {'plan', 'evaluate'} <= set(ran)
+    [one, eight] = digests  # of 1 device and of 8: "print the same `sha256 of the parameters`"
+    assert one == eight
     [program] = programs
     done = subprocess.run(
         [sys.executable, '-c', program + '\nprint(logits.shape)'],

@@ -15,10 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from parallel_train import workdir as workdir_lib
+from parallel_train.config_fields import RUN_FIELDS
+from parallel_train.plan import make_plan
 from tests.conftest import (
+    EVAL_EXAMPLES,
     NUM_STEPS,
     ROOT,
     STEPS_PER_EPOCH,
+    TRAIN_EXAMPLES,
     Job,
     checkpoint_steps,
     cli,
@@ -100,6 +105,24 @@ def assert_same_run(resumed: Path, reference: Path) -> None:
         assert got["['step']"] == step
     for name in ('config.json', 'plan.json'):
         assert (resumed / name).read_text() == (reference / name).read_text()
+
+
+def assert_nearly_same_end(resumed: Path, reference: Path) -> None:
+    """What follows from config and plan is equal, what is computed but for sums in another order.
+
+    As over 4 devices instead of 2: that moves the last bits of a float32 gradient (2**-24, 6e-8); some 30
+    updates with momentum carry that on, and a ReLU that flips adds to it.
+    """
+    got, want = restore(resumed, NUM_STEPS), restore(reference, NUM_STEPS)
+    for name, array in want.items():
+        np.testing.assert_allclose(got[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+    rows, expected = without_timing(read_rows(resumed)), without_timing(read_rows(reference))
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        exact = {k: v for k, v in row.items() if k not in ('loss', 'accuracy', 'grad_norm')}
+        assert exact == {k: other[k] for k in exact}
+        assert row['loss'] == pytest.approx(other['loss'], rel=1e-3)
+        assert row['accuracy'] == pytest.approx(other['accuracy'], abs=0.011)  # at most 2 of 192 examples
 
 
 def copy(workdir: Path, to: Path) -> Path:
@@ -191,18 +214,81 @@ def test_resume_on_another_device_count(
     assert [plan.pop('num_devices') for plan in plans] == [4, 2]
     assert [plan.pop('per_device_batch_size') for plan in plans] == [12, 24]
     assert plans[0] == plans[1]
-    # Sums over 4 devices are added in another order than over 2, which moves the last bits of a float32
-    # gradient (2**-24, 6e-8); some 30 updates with momentum carry that on, and a ReLU that flips adds to it.
-    got, want = restore(workdir, NUM_STEPS), restore(reference, NUM_STEPS)
-    for name, array in want.items():
-        np.testing.assert_allclose(got[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
-    rows, expected = without_timing(read_rows(workdir)), without_timing(read_rows(reference))
-    assert len(rows) == len(expected)
-    for row, other in zip(rows, expected, strict=True):
-        exact = {k: v for k, v in row.items() if k not in ('loss', 'accuracy', 'grad_norm')}
-        assert exact == {k: other[k] for k in exact}
-        assert row['loss'] == pytest.approx(other['loss'], rel=1e-3)
-        assert row['accuracy'] == pytest.approx(other['accuracy'], abs=0.011)  # at most 2 of 192 examples
+    assert_nearly_same_end(workdir, reference)
+
+
+# ---------------------------------------------------------------- what a resume may change
+
+RUN_FIELD_CHANGES: dict[str, Any] = {
+    'data_placement': 'host',
+    'steps_per_dispatch': 3,
+    'keep_checkpoints': 1,
+    'checkpoint_every_minutes': 5.0,
+    'divergence_check_steps': 7,
+    'max_corrupt_examples': 2,
+}
+
+
+def test_all_fields_of_the_run_change_at_once(
+    tiny_job: Job, reference: Path, interrupted: Path, tmp_path: Path
+) -> None:
+    workdir = copy(interrupted, tmp_path / 'run')
+    before = json.loads((workdir / 'config.json').read_text())
+    assert RUN_FIELD_CHANGES.keys() == set(RUN_FIELDS)
+    assert not [field for field, value in RUN_FIELD_CHANGES.items() if before[field] == value]
+    flags = [f'--config.{field}={value}' for field, value in RUN_FIELD_CHANGES.items()]
+    result = run_ok(*tiny_job.train(workdir, *flags), env=tiny_job.env)
+    assert f'resuming from step {max(checkpoint_steps(interrupted))}' in result.stdout
+    assert json.loads((workdir / 'config.json').read_text()) == {**before, **RUN_FIELD_CHANGES}
+    assert json.loads((workdir / 'plan.json').read_text())['divergence_check_steps'] == 7
+    assert_nearly_same_end(workdir, reference)
+    assert len(checkpoint_steps(workdir)) <= 2  # the last, and the best where that is another
+
+
+def run_half(job: Job, workdir: Path, *flags: str) -> list[str]:
+    """Trains 12 steps, of which the last 6 are then lost; returns the command."""
+    arguments = job.train(workdir, '--config.num_epochs=0.5', *flags)
+    run_ok(*arguments, env=job.env)
+    shutil.rmtree(workdir / 'checkpoints' / '12')
+    (workdir / 'report.html').unlink()
+    assert checkpoint_steps(workdir) == [6]
+    return arguments
+
+
+def warnings_of(workdir: Path, devices: int, environment: dict[str, str]) -> list[str]:
+    """What a resume on so many devices in this environment is told."""
+    config = workdir_lib.read_config(workdir)
+    plan = make_plan(config, TRAIN_EXAMPLES, EVAL_EXAMPLES, devices)
+    return workdir_lib.changes(workdir, config, plan, environment)
+
+
+@pytest.mark.slow
+def test_other_shards_are_said_where_the_config_fixes_none(tiny_job: Job, tmp_path: Path) -> None:
+    workdir = tmp_path / 'run'
+    arguments = run_half(tiny_job, workdir, '--config.shards=0')
+    was = json.loads((workdir / 'environment.json').read_text())
+    assert warnings_of(workdir, 2, was) == []
+    result = run_ok(*arguments, '--devices=4', env=tiny_job.env)
+    assert (
+        'warning: with config.shards=0 there are now 4 shards, not 2: groups of BatchNorm and keys of '
+        'dropout change; set config.shards to keep them\n'
+    ) in result.stdout
+    assert 'resuming from step 6' in result.stdout and checkpoint_steps(workdir)[-1] == 12
+
+
+@pytest.mark.slow
+def test_what_last_bits_depend_on_is_said_where_it_changes(tiny_job: Job, tmp_path: Path) -> None:
+    workdir, name = tmp_path / 'run', 'threads of XLA (CPU)'
+    arguments = run_half(tiny_job, workdir, '--config.reduction=tree')
+    was = json.loads((workdir / 'environment.json').read_text())
+    assert warnings_of(workdir, 4, {**was, 'processes': '2'}) == []  # these change no bit
+    (workdir / 'environment.json').write_text(json.dumps({**was, name: '999'}))
+    result = run_ok(*arguments, env=tiny_job.env)
+    assert (
+        'warning: the last bits may not be those of a run that went on as it began: '
+        f'{name} was 999, is {was[name]}\n'
+    ) in result.stdout
+    assert json.loads((workdir / 'environment.json').read_text()) == was  # of the last start
 
 
 # ---------------------------------------------------------------- another job in the same workdir

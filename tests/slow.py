@@ -1,0 +1,71 @@
+"""The command line, slow in one place: `python -m tests.slow evaluation|save STEP train ...`.
+
+`evaluation`: each batch of the evaluation after STEP steps is told, and comes a tenth of a second late.
+`save`: the checkpoint of STEP steps is not whole before the run has begun to stop; until then steps
+are slow, and told.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from parallel_train import cli, evaluate
+from parallel_train import train as train_lib
+
+BATCH, STEP = 'a batch of the evaluation', 'a step while the checkpoint is not whole'
+
+
+def slow_evaluation(step: int) -> None:
+    do_what_is_due, batches = train_lib.do_what_is_due, evaluate.Evaluator._batches
+    now = 0
+
+    def noting_the_step(state: Any, run: Any) -> Any:
+        nonlocal now
+        now = run.step
+        return do_what_is_due(state, run)
+
+    def late(evaluator: evaluate.Evaluator) -> Iterator[Any]:
+        for data in batches(evaluator):
+            if now == step:
+                print(BATCH, flush=True)
+                time.sleep(0.1)
+            yield data
+
+    train_lib.do_what_is_due, evaluate.Evaluator._batches = noting_the_step, late
+
+
+def slow_save(step: int) -> None:
+    do_what_is_due, stop, rename = train_lib.do_what_is_due, train_lib.stop, os.rename
+    released = threading.Event()
+
+    def held(source: Any, target: Any, **options: Any) -> None:
+        if Path(target).name == str(step):  # Orbax's last act for a checkpoint, in a thread of its own
+            released.wait()
+        rename(source, target, **options)
+
+    def slow_steps(state: Any, run: Any) -> Any:
+        if run.step > step and not released.is_set():
+            print(STEP, flush=True)
+            time.sleep(0.2)  # else the next save would wait for this one before anybody can stop the run
+        return do_what_is_due(state, run)
+
+    def stopping(state: Any, run: Any) -> Any:
+        threading.Timer(0.5, released.set).start()  # when the run waits for the save
+        return stop(state, run)
+
+    train_lib.do_what_is_due, train_lib.stop, os.rename = slow_steps, stopping, held
+
+
+def main() -> int:
+    {'evaluation': slow_evaluation, 'save': slow_save}[sys.argv[1]](int(sys.argv[2]))
+    return cli.main(['parallel_train', *sys.argv[3:]])
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""A run that is asked to stop while it evaluates or saves, and started again, ends as if never stopped."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import NUM_STEPS, STEPS_PER_EPOCH, Job, checkpoint_steps, make_tiny_job, read_rows, run_ok
+from tests.slow import BATCH, STEP
+from tests.test_processes import Processes, assert_same_bits, free_port
+
+SAVE_EVERY = 20  # steps
+PLAIN = ('parallel_train',)
+
+Launch = Callable[..., Processes]
+
+
+@pytest.fixture(scope='module')
+def job(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, models_dir: Path) -> Job:
+    """The tiny model (BatchNorm, dropout), evaluated in 38 batches."""
+    return make_tiny_job(
+        tmp_path_factory.mktemp('recipe'),
+        data_dir,
+        models_dir,
+        "config.random_flip = True\nconfig.reduction = 'tree'\nconfig.eval_batch_size = 8\n"
+        f'config.checkpoint_every_steps = {SAVE_EVERY}',
+    )
+
+
+@pytest.fixture(scope='module')
+def undisturbed(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
+    run_ok(*job.train(workdir), env=job.env)
+    return workdir
+
+
+@pytest.fixture
+def launch(job: Job, tmp_path: Path) -> Iterator[Launch]:
+    """Starts the job in some processes, by `python -m PROGRAM`; what is left of them ends with the test."""
+    launched: list[Processes] = []
+
+    def launch(program: tuple[str, ...], processes: int) -> Processes:
+        common, flags = job.train(tmp_path / 'run'), [list[str]()]
+        if processes > 1:
+            where = [f'--coordinator=127.0.0.1:{free_port()}', f'--num_processes={processes}']
+            flags = [[*where, f'--process_id={i}'] for i in range(processes)]
+        commands = [[sys.executable, '-m', *program, *common, *more] for more in flags]
+        launched.append(Processes(tmp_path / f'job{len(launched)}', commands, job.env))
+        return launched[-1]
+
+    yield launch
+    for processes in launched:
+        processes.close()
+
+
+def stop(running: Processes) -> int:
+    """Sends SIGTERM to the last process of a job; returns the step at which all of it stopped."""
+    running.all[-1].send_signal(signal.SIGTERM)
+    results = running.results()
+    assert [result.code for result in results] == [75] * len(results), running.outputs()
+    said = [re.findall(rf'stopped at step (\d+) of {NUM_STEPS}, saved', result.stderr) for result in results]
+    assert said == [said[0]] * len(results) and len(said[0]) == 1, running.outputs()
+    return int(said[0][0])
+
+
+def go_on(launch: Launch, processes: int, step: int) -> None:
+    running = launch(PLAIN, processes)
+    results = running.results()
+    assert [result.code for result in results] == [0] * len(results), running.outputs()
+    assert f'resuming from step {step}' in results[0].stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('processes', 'step'),
+    [(1, STEPS_PER_EPOCH), (1, NUM_STEPS), (2, STEPS_PER_EPOCH)],
+    ids=['alone', 'alone, the last evaluation', 'two processes'],
+)
+def test_a_signal_while_evaluating(
+    processes: int, step: int, undisturbed: Path, launch: Launch, tmp_path: Path
+) -> None:
+    workdir = tmp_path / 'run'
+    running = launch(('tests.slow', 'evaluation', str(step)), processes)
+    running.wait_until(lambda: running.outputs().count(BATCH) >= 3 * processes)
+    assert stop(running) == step == max(checkpoint_steps(workdir))
+    assert ('eval', step) not in [(row['split'], row['step']) for row in read_rows(workdir)]  # cut short
+    go_on(launch, processes, step)
+    assert_same_bits(workdir, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2], ids=['alone', 'two processes'])
+def test_a_signal_while_a_save_is_under_way(
+    processes: int, undisturbed: Path, launch: Launch, tmp_path: Path
+) -> None:
+    """Both checkpoints are whole afterwards: the one under way, and that of the step of the stop."""
+    workdir = tmp_path / 'run'
+    running = launch(('tests.slow', 'save', str(SAVE_EVERY)), processes)
+    checkpoints = workdir / 'checkpoints'
+    running.wait_until(lambda: STEP in running.outputs() and any(checkpoints.glob(f'{SAVE_EVERY}.*tmp*')))
+    assert checkpoint_steps(workdir) == []
+    step = stop(running)
+    assert SAVE_EVERY < step < 2 * SAVE_EVERY and checkpoint_steps(workdir) == [SAVE_EVERY, step]
+    assert list(checkpoints.glob('*tmp*')) == []
+    go_on(launch, processes, step)
+    assert_same_bits(workdir, undisturbed)
