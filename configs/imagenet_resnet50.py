@@ -1,10 +1,12 @@
 """ResNet-50 on ImageNet in batches of 8,192 (Goyal et al. 2017): model, optimizer and schedule.
 
+Command:  python -m parallel_train prepare --config=configs/imagenet_resnet50.py --from=DIR
+          python -m parallel_train train --config=configs/imagenet_resnet50.py --workdir=runs/resnet50
 Plan:     python -m parallel_train plan --config=configs/imagenet_resnet50.py --devices=256
 Compile:  python -m parallel_train compile --config=configs/imagenet_resnet50.py --topology=v5e:16x16
 Hardware: any number of devices that divides 256; docs/foresight.md says what fits.
 Result:   not trained here, where there is no ImageNet; the paper reports a top-1 error of 23.74 ± 0.09%.
-Data:     docs/data.md
+Data:     DIR holds train/CLASS/FILE and val/CLASS/FILE; docs/data.md
 """
 
 from ml_collections import config_dict

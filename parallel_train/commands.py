@@ -47,24 +47,26 @@ def prepare(config: Any, values: Any) -> None:
 def plan(config: Any, values: Any) -> None:
     from parallel_train import config as config_lib
     from parallel_train import dataset
+    from parallel_train.augment_fit import check_augmentation
     from parallel_train.plan import make_plan
     from parallel_train.show_plan import plan_table
     from parallel_train.sizes import find_sizes
 
     sizes = find_sizes(config, dataset.default_data_dir(values.data_dir))
     config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
-    count = values.devices
+    check_augmentation(config)
+    count, notes = values.devices, list[str]()
     if count is None:
         from parallel_train.devices import choose_devices
 
         workdir = _workdir(values) if values.workdir else None
-        count = choose_devices(config, sizes, None, workdir, say=lambda _: None, measure=False)
+        count = choose_devices(config, sizes, None, workdir, say=notes.append, measure=False)
     processes = 1 if values.num_processes is None else values.num_processes
     planned = make_plan(config, sizes.num_train_examples, sizes.num_eval_examples, count, processes)
     if values.json:
         print(planned.to_json(), end='')
     else:
-        print(plan_table(planned, config, sizes.source))
+        print('\n'.join([plan_table(planned, config, sizes.source), *notes]))
 
 
 def _join_job(values: Any) -> Limits:

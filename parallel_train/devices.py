@@ -85,7 +85,11 @@ def choose_devices(
         return len(jax.devices())
     if count:
         return count
-    return fastest(config, sizes, fitting, say) if measure else estimate(config)
+    if measure:
+        return fastest(config, sizes, fitting, say)
+    count = estimate(config)
+    say(f'devices: {count} is an estimate; `train` measures once which number is fastest here')
+    return count
 
 
 def _of_all_processes(config: Any) -> int:

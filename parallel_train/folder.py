@@ -62,8 +62,20 @@ def load(source: Path) -> ImageFolder:
 
     Raises:
       UserError: no folder `train`, fewer than two classes, a class without images, a class that is not in
-        `train`, two folders of one split, or files that are no images, which it counts and names.
+        `train`, two folders of one split, a folder that may not be listed, or files that are no
+        images, which it counts and names.
     """
+    try:
+        names, splits = _names_and_splits(source)
+    except OSError as error:
+        reason = f'{error.filename} cannot be read ({error.strerror})'
+        raise UserError(f'--from={source}: {reason}: allow it, or remove that folder') from error
+    _check_images(source, [file for files in splits.values() for file, _ in files])
+    return ImageFolder(source, names, splits)
+
+
+def _names_and_splits(source: Path) -> tuple[tuple[str, ...], dict[str, tuple[tuple[Path, int], ...]]]:
+    """The names of the classes, and the files of each split, each with its class; UserError if not right."""
     if not source.is_dir():
         raise UserError(f'--from={source} is not a folder')
     if not (source / 'train').is_dir():
@@ -88,8 +100,7 @@ def load(source: Path) -> ImageFolder:
         if split in splits:
             raise UserError(f'--from={source} holds both val/ and validation/: remove one')
         splits[split] = tuple(_labelled(source, folder, names))
-    _check_images(source, [file for files in splits.values() for file, _ in files])
-    return ImageFolder(source, names, splits)
+    return names, splits
 
 
 def _labelled(source: Path, folder: str, names: tuple[str, ...]) -> Iterable[tuple[Path, int]]:

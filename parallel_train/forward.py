@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from parallel_train import batch_norm, config_fields
 from parallel_train import config as config_lib
-from parallel_train.augment import check_augmentation
+from parallel_train.augment_fit import check_augmentation
 from parallel_train.errors import UserError
 from parallel_train.examples import is_tokens, kind
 from parallel_train.state import KEY_IMPL, abstract_state, create_model, eval_flags, takes_train

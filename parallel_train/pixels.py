@@ -99,22 +99,27 @@ class Decoder:
         except (DecodeError, IndexError):
             raise Corrupt from None
 
-    def explain(self, record: bytes) -> tuple[int | None, str]:
-        """Returns the label of a record whose image does not decode, None if it has none; and the reason."""
-        tf, label = self._tf, None
+    def explain(self, record: bytes) -> tuple[int | None, str, str]:
+        """Why does the image of a record not decode?
+
+        Returns its label, None if it has none; the name of the file that it was, '' if none is stored; and
+        the reason.
+        """
+        tf, label, name = self._tf, None, ''
         text, number = (tf.io.FixedLenFeature((), kind) for kind in (tf.string, tf.int64))
-        features = {'image': text, 'label': number}
+        features = {'image': text, 'label': number, 'file_name': tf.io.FixedLenFeature((), tf.string, '')}
         try:
             parsed = tf.io.parse_single_example(record, features)
             label = int(parsed['label'])
+            name = parsed['file_name'].numpy().decode(errors='replace')
             tf.io.decode_image(parsed['image'], channels=3, expand_animations=False)
         except tf.errors.InvalidArgumentError as error:  # '{{where}} reason [Op:what] name:'
-            return label, re.sub(r'\{\{.*?\}\} | ?\[Op:.*', '', error.message.splitlines()[0])[:200]
+            return label, name, re.sub(r'\{\{.*?\}\} | ?\[Op:.*', '', error.message.splitlines()[0])[:200]
         try:
             sides_of(parsed['image'].numpy())
         except Corrupt as error:
-            return label, str(error)
-        return label, 'what the crop needs of it'
+            return label, name, str(error)
+        return label, name, 'what the crop needs of it'
 
 
 def pixels_of(tf: Any, view: View, image: Any, window: Any) -> Any:

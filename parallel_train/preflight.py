@@ -47,8 +47,15 @@ def check_job(
     config = config_lib.with_dataset(config, sizes.input_shape, sizes.num_classes)
     check_model_and_loss(config)
     workdir_lib.check(workdir, config, allow_plan_change)
-    if devices is not None:
-        make_plan(config, sizes.num_train_examples, sizes.num_eval_examples, devices, processes.count())
+    # Before the dataset is decoded and devices are measured, which both write. A plan that fits any number of
+    # devices fits one a process.
+    make_plan(
+        config,
+        sizes.num_train_examples,
+        sizes.num_eval_examples,
+        processes.count() if devices is None else devices,
+        processes.count(),
+    )
     train_split = dataset.open_split(config, config.train_split, data_dir, training=True)
     eval_split = dataset.open_split(config, config.eval_split, data_dir)
     return Job(config, sizes, train_split, eval_split, devices)

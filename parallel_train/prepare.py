@@ -88,7 +88,7 @@ def _obtain(
     check_writable('data_dir', data_dir)  # before anything is fetched
     tried: list[str] = []
     files = _load_given(name, source, splits) if source else _find_idx(name, tried, say)
-    data_dir_is_new = not data_dir.exists()
+    new_folders = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
     prefix = f'.preparing-{parse_name(name)[0]}'
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -113,9 +113,9 @@ def _obtain(
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     except UserError:
-        if data_dir_is_new:
-            with contextlib.suppress(OSError):  # another process may use it by now
-                data_dir.rmdir()
+        with contextlib.suppress(OSError):  # another process may use one by now
+            for folder_made in new_folders:
+                folder_made.rmdir()
         raise
     return f'prepared in {path}, from {files.source if files else "the download of TFDS"}'
 

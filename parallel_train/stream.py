@@ -83,7 +83,7 @@ class StreamedSplit:
         self._sources = {named: open_records(prepared.path, named) for named, _, _ in self._ranges}
         seed = config.seed if training and config.random_resized_crop else None
         self._view, self._training = View(config.image_size, config.crop_fraction, seed), training
-        self._max_corrupt, self._corrupt = config.max_corrupt_examples, set[int]()
+        self._max_corrupt, self._corrupt = config.max_corrupt_examples, dict[int, str]()
         self._lock = threading.Lock()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix='read')
         self._decoder: Decoder | None = None
@@ -188,13 +188,14 @@ class StreamedSplit:
 
     def _leave_out(self, example: int, record: bytes) -> int:
         """Counts and names an image that does not decode; returns its label. UserError if too many."""
-        label, reason = self._loaded_decoder().explain(record)
+        label, file_name, reason = self._loaded_decoder().explain(record)
         name = self.name_of(example)
         if label is None:
             raise unreadable(self._prepared.path, f'the record of {name}', ValueError(reason))
+        name += self._origin(label, file_name)
         with self._lock:
             known = example in self._corrupt
-            self._corrupt.add(example)
+            self._corrupt[example] = name
         if not known:
             instead = 'the next one stands in' if self._training else 'it counts as a black image'
             _log.warning('%s: %s does not decode, %s (%s)', self._prepared.name, name, instead, reason)
@@ -202,8 +203,16 @@ class StreamedSplit:
             raise self._too_many()
         return label
 
+    def _origin(self, label: int, file_name: str) -> str:
+        """Where an example came from, as ` (rings/017.jpg)`; nothing if the set stores no file names."""
+        if not file_name:
+            return ''
+        known = 0 <= label < len(self._prepared.class_names)
+        origin = f'{self._prepared.class_names[label]}/{file_name}' if known else file_name
+        return f' ({origin if origin.isprintable() else ascii(origin)})'
+
     def _too_many(self) -> UserError:
-        some = ', '.join(map(self.name_of, sorted(self._corrupt)[:_NAMED]))
+        some = ', '.join(name for _, name in sorted(self._corrupt.items())[:_NAMED])
         more = f' and {len(self._corrupt) - _NAMED} more' if len(self._corrupt) > _NAMED else ''
         return UserError(
             f'config.max_corrupt_examples={self._max_corrupt}: {len(self._corrupt)} images of '

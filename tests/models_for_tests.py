@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallel_train import config as config_lib
-from parallel_train.models.resnet import BasicBlock, ResNet
+from parallel_train.models.resnet import BasicBlock, BottleneckBlock, ResNet
+from parallel_train.models.vit import ViT
 from parallel_train.models.wide_resnet import WideResNet
 
 
@@ -98,6 +99,16 @@ def small_resnet_again() -> nn.Module:
 def WideResNetShrunk(num_classes: int = 10, dtype: Any = jnp.float32) -> nn.Module:
     """WRN-28-10 with fewer layers, and narrow."""
     return WideResNet(blocks_per_stage=1, widening=1, num_classes=num_classes, dtype=dtype)
+
+
+def ResNet50Shrunk(num_classes: int = 10, dtype: Any = jnp.float32) -> nn.Module:
+    """ResNet-50 with one block a stage."""
+    return ResNet(BottleneckBlock, (1, 1, 1, 1), num_classes=num_classes, dtype=dtype)
+
+
+def ViTS16Shrunk(num_classes: int = 10, dtype: Any = jnp.float32) -> nn.Module:
+    """ViT-S/16 with one block."""
+    return ViT(width=384, heads=6, depth=1, num_classes=num_classes, dtype=dtype)
 
 
 def cifar10(split: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 
 from parallel_train import UserError, augment, mix, randaugment, start_devices
+from parallel_train.augment_fit import check_augmentation
 from parallel_train.forward import make_forward
 from parallel_train.losses import softmax_cross_entropy
 from parallel_train.plan import make_plan
 from parallel_train.randaugment import OPERATIONS
 from parallel_train.state import create_model
+from tests.conftest import ROOT, run_cli
 from tests.models_for_tests import weighted_loss
 from tests.test_step import distance, make_config, make_split, one_device, train
 from tests.test_tree import different, tree_config
@@ -295,6 +298,15 @@ def test_a_shard_of_one_example_has_no_partner(field: str) -> None:
 
 @pytest.mark.parametrize('field', ['cutout_size', 'random_crop_padding'])
 def test_what_is_larger_than_the_image_is_refused(field: str) -> None:
-    augment.check_augmentation(make_config('linear', **{field: 27}))
+    check_augmentation(make_config('linear', **{field: 27}))
     with pytest.raises(UserError, match=rf'config.{field}=28: .* less than 28'):
-        augment.check_augmentation(make_config('linear', **{field: 28}))
+        check_augmentation(make_config('linear', **{field: 28}))
+
+
+def test_a_plan_refuses_what_training_would(tmp_path: Path) -> None:
+    line = ('plan', f'--config={ROOT}/configs/default.py', f'--data_dir={tmp_path}', '--devices=2')
+    noise = '--config.dataset=tests.models_for_tests:noise'  # 28×28
+    result = run_cli(*line, noise, '--config.cutout_size=28')
+    assert (result.code, result.stdout) == (2, '')
+    assert result.stderr.startswith('error: config.cutout_size=28: ') and 'less than 28' in result.stderr
+    assert run_cli(*line, noise, '--config.cutout_size=27').code == 0

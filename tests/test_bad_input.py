@@ -213,6 +213,22 @@ def test_train_makes_no_workdir_for_a_plan_that_does_not_fit(
         refused(here, 'train', *flags, f'--devices={devices}', words=['devices', devices])
 
 
+@pytest.mark.parametrize('case', ['larger than the set', 'less than a step'])
+def test_train_refuses_a_plan_that_fits_no_devices_before_anything_is_written(
+    here: Path, recipe: Path, data_dir: Path, tmp_path: Path, case: str
+) -> None:
+    """Without --devices too, where the split would be decoded first, and the step measured."""
+    data = Path(shutil.copytree(data_dir, tmp_path / 'data', ignore=shutil.ignore_patterns('decoded')))
+    before, cache = snapshot(data), tmp_path / 'cache'
+    cache.mkdir()
+    overrides, words = FITS[case]
+    flags = [f'--config={recipe}', f'--data_dir={data}', '--workdir=run']
+    env = environment(XDG_CACHE_HOME=str(cache))
+    refused(here, 'train', *flags, *(f'--config.{o}' for o in overrides), env=env, words=words)
+    assert snapshot(data) == before
+    assert list(cache.iterdir()) == []
+
+
 # ---------------------------------------------------------------- the config file
 
 FILES: dict[str, tuple[str, list[str]]] = {

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from parallel_train import cli as cli_lib
-from parallel_train import commands
+from parallel_train import commands, events
 from tests.conftest import (
     BATCH_SIZE,
     CHECKPOINT_EVERY,
@@ -119,6 +119,20 @@ def test_plan_json_is_the_same_on_any_device_count(job: Job) -> None:
         assert rate == pytest.approx(hand_rate(int(step)), rel=1e-9, abs=1e-12)
 
 
+def test_plan_says_that_the_number_of_devices_is_an_estimate(job: Job, tmp_path: Path) -> None:
+    """Where nothing was measured, and nothing is: the plan writes nothing."""
+    env = {**job.env, 'XDG_CACHE_HOME': str(tmp_path / 'cache'), 'JAX_PLATFORMS': 'cpu'}
+    flags = ['--config.batch_size=1024', '--config.shards=0']  # several numbers fit, however many the cores
+    out = run_ok(*job.line('plan', *flags), env=env).stdout
+    [note] = [line for line in out.splitlines() if line.startswith('devices: ')]
+    count = json.loads(run_ok(*job.line('plan', '--json', *flags), env=env).stdout)['num_devices']
+    assert note.startswith(f'devices: {count} is an estimate')
+    assert f'1024 = {count} device' in out
+    given = run_ok(*job.line('plan', *flags, '--devices=2'), env=env).stdout
+    assert '1024 = 2 devices' in given and 'estimate' not in given
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_plan_for_hardware_that_is_not_here_writes_nothing(job: Job, tmp_path: Path) -> None:
     data = snapshot(job.data_dir)
     flags = ['--devices=256', '--config.batch_size=512', '--config.shards=0', '--workdir=run']
@@ -173,6 +187,47 @@ def test_train_follows_the_plan_that_was_shown(trained: Path, job: Job) -> None:
     assert out.index('Plan\n') < out.index('epoch ')
     last = of_split(trained, 'eval')[-1]
     assert f'{last["accuracy"]:.4f}' in out and str(trained / 'report.html') in out
+
+
+def test_last_lines_say_how_fast_it_was_and_where_the_time_went(trained: Path) -> None:
+    out = (trained.parent / 'stdout').read_text()
+    [speed] = re.findall(r'^images/s: ([\d,]+)$', out, re.MULTILINE)
+    rates = [row['examples_per_second'] for row in of_split(trained, 'train')]
+    assert min(rates) - 1 <= int(speed.replace(',', '')) <= max(rates) + 1  # it is their mean
+    [line] = re.findall(r'^time: (.+)$', out, re.MULTILINE)
+    parts = re.findall(r'([a-z][a-z -]*) (\d+\.\d) s(?:, |$)', line)
+    assert line == ', '.join(f'{name} {seconds} s' for name, seconds in parts)
+    assert sorted(name for name, _ in parts) == ['compile', 'data wait', 'eval', 'save', 'start-up', 'step']
+    seconds = [float(text) for _, text in parts]
+    assert seconds == sorted(seconds, reverse=True) and seconds[0] > 0
+
+
+def test_report_shows_test_images_with_what_the_model_says(trained: Path, data_dir: Path) -> None:
+    images = (trained / 'report.html').read_text().partition('<h2>Test images</h2>')[2]
+    images = images.partition('</section>')[0]
+    last = of_split(trained, 'eval')[-1]
+    wrong = min(round((1 - last['accuracy']) * EVAL_EXAMPLES), 8)  # of those that there are, so many
+    assert images.count('src="data:image/png;base64,') == 24
+    assert images.count('class="wrong"') == images.count('✗') == wrong
+    assert f'{24 - wrong} of these 24 are right' in images
+    names = (data_dir / 'fashion_mnist/3.0.1/label.labels.txt').read_text().splitlines()
+    shown = re.findall(r'alt="([^"]+)"', images)
+    assert len(shown) == 24 and set(shown) <= set(names) and len(set(shown)) > 1
+    assert (trained / 'plots/samples.png').read_bytes().startswith(b'\x89PNG\r\n')
+
+
+def test_tensorboard_is_told_what_the_rows_hold(trained: Path) -> None:
+    [path] = trained.glob('events.*')
+    version, start, *told = events.read(path)
+    assert version.file_version == 'brain.Event:2'
+    assert start.session_log.status == start.session_log.START and start.step == 1
+    rows = read_rows(trained)
+    assert [event.step for event in told] == [row['step'] for row in rows]
+    for event, row in zip(told, rows, strict=True):
+        values = {value.tag: value.simple_value for value in event.summary.value}
+        named = {f'{row["split"]}/{name}': value for name, value in row.items() if name != 'split'}
+        del named[f'{row["split"]}/step']
+        assert values == pytest.approx(named, rel=1e-6)  # kept as float32
 
 
 def test_train_writes_nothing_to_stderr(trained: Path) -> None:
@@ -322,6 +377,28 @@ print(float((np.asarray(logits).argmax(-1) == labels).mean()))
 """
     accuracy = float(run_python(code).splitlines()[-1])
     assert accuracy == pytest.approx(of_split(trained, 'eval')[-1]['accuracy'], abs=1e-6)
+
+
+def test_loaded_model_takes_images_that_are_normalised_as_in_its_run(
+    job: Job, idx_dir: Path, tmp_path: Path
+) -> None:
+    from parallel_train import idx, load_model, start_devices
+
+    mean, std = 0.25, 0.5
+    fields = {'model': 'tests.models_for_tests:Linear', 'num_epochs': 1.0}
+    fields |= {'pixel_mean': f'({mean},)', 'pixel_std': f'({std},)'}
+    run_ok(*job.train(tmp_path / 'run', *(f'--config.{name}={value}' for name, value in fields.items())))
+    row = of_split(tmp_path / 'run', 'eval')[-1]
+    start_devices(8)  # as every test that uses JAX in this process: the first one decides
+    model, variables = load_model(tmp_path / 'run')
+    files = idx.load(idx_dir)
+    assert files is not None
+    pixels, labels = files.splits['test']
+    images = ((pixels[..., None] / 255 - mean) / std).astype(np.float32)
+    logits = np.asarray(model.apply(variables, images), np.float64)
+    assert np.mean(logits.argmax(-1) == labels) == pytest.approx(row['accuracy'], abs=1e-6)
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(labels)), labels]
+    assert losses.mean() == pytest.approx(row['loss'], rel=1e-4)
 
 
 # ---------------------------------------------------------------- help, entry point, imports

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,22 @@ def test_the_name_of_a_known_set_wants_its_classes(images: Path, tmp_path: Path)
         for example in (tf.train.Example.FromString(raw[i]) for i in range(len(raw)))
     }
     assert label[paper] == 1
+
+
+def test_a_folder_that_may_not_be_listed_is_named(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, listed = images / 'val' / 'rings', Path.iterdir
+
+    def refused(folder: Path) -> Iterator[Path]:  # root may list any
+        if folder == closed:
+            raise PermissionError(errno.EACCES, 'Permission denied', str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(Path, 'iterdir', refused)
+    with pytest.raises(UserError, match=f'--from={images}: {closed} cannot be read .*denied.*: allow it, or'):
+        prepare('own', tmp_path / 'data', images, say=quiet)
+    assert not (tmp_path / 'data').exists()
 
 
 def test_what_pillow_reads_and_we_do_not(images: Path) -> None:

@@ -181,6 +181,20 @@ def test_updates_are_those_of_the_formula(optimizer: str) -> None:
         assert np.abs(everything[name] - got[name]).max() > 1e-4, name
 
 
+def test_nesterovs_momentum_is_one_step_ahead() -> None:
+    """Sutskever et al. 2013, as PyTorch writes it: m = 0.9 m + g, and the update is 0.9 m + g."""
+
+    def rule(name: str, t: int, rate: float, w: Any, g: Any, decay: float, memory: Any) -> np.ndarray:
+        u = g + decay * w
+        memory['m'] = 0.9 * memory['m'] + u
+        return rate * (0.9 * memory['m'] + u)
+
+    got = trained_by_optax(optimizer='sgd', nesterov=True)
+    assert_close(got, trained_by_hand(rule))
+    for name, plain in trained_by_optax(optimizer='sgd').items():  # the comparison can fail
+        assert np.abs(got[name] - plain).max() > 1e-3, name
+
+
 def test_what_is_a_kernel() -> None:
     assert {name for name, is_one in as_arrays(kernels(as_tree(random_arrays(0)))).items() if is_one} == (
         DECAYED

@@ -164,6 +164,20 @@ def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not (tmp_path / 'data').exists()
 
 
+def test_folders_that_were_made_on_the_way_go_with_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_set(tmp_path / 'idx')
+    (tmp_path / 'there').mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
+    before = everything_in(tmp_path)
+    for data_dir in (Path('a/b'), tmp_path / 'a' / 'b' / 'c', Path('there/b'), Path('there')):
+        with pytest.raises(UserError, match='make room'):
+            prepare('mnist', data_dir, source, say=quiet)
+        assert everything_in(tmp_path) == before
+
+
 def test_from_is_read_even_where_the_set_is_there(tmp_path: Path) -> None:
     source, data_dir = write_set(tmp_path / 'idx'), tmp_path / 'data'
     prepare('mnist', data_dir, source, say=quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def test_restarts_come_when_the_paper_has_them(dataset: str) -> None:
     plan = make_plan(load(f'{dataset}_wrn28_10_sgdr'), *CIFAR_SIZES, 8)
     assert plan.num_steps == 150 * 390
     assert plan.boundaries == [3_900, 11_700, 27_300]
+    assert plan.snapshot_steps == [3_900, 11_700, 27_300, 58_500]
     for start, end in ((0, 3_900), (3_900, 11_700), (11_700, 27_300), (27_300, 58_500)):
         assert plan.rate(start) == pytest.approx(0.05)
         assert plan.rate((start + end) / 2) == pytest.approx(0.025)
@@ -48,38 +50,73 @@ def test_restarts_come_when_the_paper_has_them(dataset: str) -> None:
         assert plan.rate(end - 1) == pytest.approx(last)
 
 
+@pytest.mark.parametrize('devices', [1, 8, 64])
+def test_vit_has_the_papers_plan(devices: int) -> None:
+    """Beyer et al. 2022, their vit_s16_i1k.py: batch 1,024, 90 epochs, rate 1e-3, warmup of 10,000 steps."""
+    config = load('imagenet_vit_s16')
+    plan = make_plan(config, config.num_train_examples, config.num_eval_examples, devices)
+    assert (plan.steps_per_epoch, plan.num_steps, plan.warmup_steps) == (1_251, 112_590, 10_000)
+    assert plan.peak_learning_rate == 1e-3 and plan.boundaries == [10_000]
+    assert [plan.rate(step) for step in (0, 5_000, 10_000)] == pytest.approx([0, 5e-4, 1e-3])
+    assert (plan.shards, plan.examples_per_shard) == (64, 16)  # whose examples mixup mixes
+
+
+def write_texts(folder: Path) -> Path:
+    """Writes folders of text, `train` of 256 rows of 128 bytes and `test` of 64; the text is our own."""
+    text = b''.join(page.read_bytes() for page in sorted((ROOT / 'docs').glob('*.md')))
+    for split, rows in (('train', 256), ('test', 64)):
+        (folder / split).mkdir(parents=True)
+        (folder / split / 'pages.txt').write_bytes(text[: rows * 128])
+    return folder
+
+
 @pytest.mark.parametrize(
     ('name', 'dataset', 'model'),
     [
-        # The wide ones with fewer layers and narrow, which compiles in seconds.
+        # Those of many layers with few, or narrow ones, which compile in seconds.
         pytest.param('cifar10_wrn28_10', 'cifar10', 'WideResNetShrunk', marks=pytest.mark.slow),
         pytest.param('cifar100_wrn28_10', 'cifar100', 'WideResNetShrunk', marks=pytest.mark.slow),
         pytest.param('cifar10_wrn28_10_sgdr', 'cifar10', 'WideResNetShrunk', marks=pytest.mark.slow),
         ('cifar100_wrn28_10_sgdr', 'cifar100', 'WideResNetShrunk'),
         pytest.param('fashion_mnist_wrn', 'noise', 'WideResNetShrunk', marks=pytest.mark.slow),
         ('fashion_mnist_fast', 'noise', ''),
+        pytest.param('imagenet_resnet50', 'pictures', 'ResNet50Shrunk', marks=pytest.mark.slow),
+        pytest.param('imagenet_vit_s16', 'pictures', 'ViTS16Shrunk', marks=pytest.mark.slow),
+        pytest.param('text_transformer', 'texts', '', marks=pytest.mark.slow),
     ],
 )
-def test_recipe_trains(name: str, dataset: str, model: str, tmp_path: Path) -> None:
-    config = load(name)
-    config.dataset = f'tests.models_for_tests:{dataset}'
-    if model:
-        config.model = f'tests.models_for_tests:{model}'
+def test_recipe_trains(
+    name: str, dataset: str, model: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    config, data_dir, num_train, num_eval = load(name), tmp_path, 256, 64
     with config.ignore_type():
         config.num_train_examples = config.num_eval_examples = 0
-    config.batch_size, config.eval_batch_size = 32, 64
-    config.num_epochs = 3 / 8  # 3 steps of 256 examples
-    config.warmup_epochs = min(config.warmup_epochs, 1 / 8)
+    if dataset == 'pictures':
+        data_dir, num_train, num_eval = request.getfixturevalue('image_job').data_dir, 73, 13
+        config.dataset, config.num_classes = dataset, 3
+        if 'resnet' in name:
+            config.image_size, config.input_shape = 64, ()  # its 224 take a minute
+    elif dataset == 'texts':
+        data_dir = write_texts(tmp_path / 'texts')
+    else:
+        config.dataset = f'tests.models_for_tests:{dataset}'
+    if model:
+        config.model = f'tests.models_for_tests:{model}'
+    config.batch_size, config.eval_batch_size, config.shards = 32, 64, 8
+    one_step = 1 / (num_train // 32)  # in epochs
+    config.num_epochs = 3 * one_step
+    config.warmup_epochs = min(config.warmup_epochs, one_step)
     config.log_every_steps = 1
     if config.schedule == 'cosine_restarts':
-        config.restart_epochs = 1 / 8
+        config.restart_epochs = one_step
         config.restart_multiplier = 2.0
-    train_and_evaluate(config, tmp_path / 'run', devices=min(8, config.shards))
+    train_and_evaluate(config, tmp_path / 'run', data_dir, devices=8)
     rows = read_rows(tmp_path / 'run')
     train = [row for row in rows if row['split'] == 'train']
     assert [row['step'] for row in train] == [1, 2, 3]
     assert all(math.isfinite(row['loss']) and row['grad_norm'] > 0 for row in train)
-    assert rows[-1]['split'] == 'eval' and rows[-1]['num_examples'] == 64
+    assert rows[-1]['split'] == 'eval' and rows[-1]['num_examples'] == num_eval
+    assert json.loads((tmp_path / 'run' / 'plan.json').read_text())['num_devices'] == 8
 
 
 @pytest.mark.parametrize(

@@ -229,8 +229,8 @@ def test_an_image_whose_header_is_refused_is_corrupt_and_told_why() -> None:
     decoder, record = Decoder(View(4, 1.0)), record_of(file.getvalue())
     with pytest.raises(Corrupt):
         decoder([record], np.array([0]), 0)
-    label, reason = decoder.explain(record)
-    assert label == 7 and reason.startswith('ValueError: '), reason
+    label, file_name, reason = decoder.explain(record)
+    assert label == 7 and file_name == '' and reason.startswith('ValueError: '), reason
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,10 @@ def test_a_corrupt_image_is_named_and_the_next_one_stands_in(
         images, labels = split.read(all_of(split))
         split.read(all_of(split), epoch=1)
     [line] = [record.getMessage() for record in caplog.records]  # once, however often it is met
-    assert re.match(r'pictures: train\[\d+\] does not decode, the next one stands in \(.*JPEG', line)
+    named = (
+        r'pictures: train\[\d+\] \(rings/truncated\.jpg\) does not decode, the next one stands in \(.*JPEG'
+    )
+    assert re.match(named, line)
     example = int(line.partition('[')[2].partition(']')[0])
     assert labels[example] == labels[(example + 1) % TRAIN]
     assert images[example].std() > 10  # no blank
@@ -283,16 +286,15 @@ def test_a_corrupt_image_is_named_and_the_next_one_stands_in(
     validation = opened(image_job, 'validation', training=False)
     with caplog.at_level('WARNING', logger='parallel_train'):
         images, labels = validation.read(all_of(validation))
-    assert 'it counts as a black image' in caplog.text
+    assert '(rings/truncated.jpg) does not decode, it counts as a black image' in caplog.text
     [black] = np.flatnonzero(~images.any(axis=(1, 2, 3)))
     assert CLASSES[labels[black]] == 'rings'  # its own label
 
 
 def test_too_many_corrupt_images_end_the_run(image_job: ImageJob) -> None:
     split = opened(image_job, max_corrupt_examples=0)
-    with pytest.raises(
-        UserError, match=r'config.max_corrupt_examples=0: 1 images of pictures .*, train\[\d+\]: '
-    ):
+    named = r'train\[\d+\] \(rings/truncated.jpg\): '
+    with pytest.raises(UserError, match=f'config.max_corrupt_examples=0: 1 images of pictures .*, {named}'):
         split.read(all_of(split))
 
 
@@ -348,6 +350,31 @@ def test_the_plan_knows_the_sizes_with_and_without_the_set(image_job: ImageJob, 
     }
     absent = find_sizes(config_of(**given), tmp_path)
     assert absent.input_shape == (SIZE, SIZE, 3) and absent.num_train_examples == 900
+
+
+def test_a_slow_loader_shows(
+    image_job: ImageJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_devices(8)
+    from parallel_train.stream import StreamedSplit
+    from parallel_train.train import train_and_evaluate
+
+    read = StreamedSplit.read
+
+    def late(*args: Any) -> Any:
+        time.sleep(0.8)  # in each of the feed's four threads: a fifth of a second a step
+        return read(*args)
+
+    monkeypatch.setattr(StreamedSplit, 'read', late)
+    # Nothing but steps until the end, so that the loader cannot catch up.
+    at_end = {'eval_every_epochs': 0.0, 'checkpoint_every_epochs': 0.0}
+    config = config_of(model='tests.models_for_tests:Linear', log_every_steps=4, **at_end)
+    train_and_evaluate(config, tmp_path / 'run', image_job.data_dir, devices=2)
+    rows = [row for row in read_rows(tmp_path / 'run') if row['split'] == 'train']
+    fractions = [row['data_wait_fraction'] for row in rows[1:]]  # the first four batches come at once
+    assert len(fractions) == 2 and min(fractions) > 0.5, fractions
+    waited = re.search(r'data wait ([\d.]+) s', capsys.readouterr().out)
+    assert waited and float(waited[1]) > 1.6
 
 
 @pytest.mark.slow
