@@ -67,8 +67,8 @@ def create_model(config: Any) -> nn.Module:
     factory = config_lib.import_object('model', path)
     if not _makes_models(factory):  # nothing else is called: the path may come from a workdir's config
         raise UserError(
-            f'config.model={config.model!r}: must name a flax.linen Module class or a Python function that '
-            f'makes one, not {getattr(factory, "__name__", factory)!r}'
+            f'config.model={config.model!r}: must name a Linen module class or a Python function that makes '
+            f'one, not {getattr(factory, "__name__", factory)!r}'
         )
     known = {
         'num_classes': config.num_classes or GUIDE_NUM_CLASSES,
