@@ -72,10 +72,8 @@ def main() -> None:
     fast |= {seed: train(args, FAST, f'--config.seed={seed}') for seed in seeds[args.seeds // 2 :]}
 
     last = {seed: run['evaluations'][max(run['evaluations'])] for seed, run in fast.items()}
-    mean, seconds = (
-        statistics.mean(last.values()),
-        measure.Spread.of([r['step_seconds'] for r in fast.values()]),
-    )
+    mean = statistics.mean(last.values())
+    seconds = measure.Spread.of([run['step_seconds'] for run in fast.values()])
     slow = seconds_to(args.accuracy, resnet)
     ratio = seconds.median / slow
     rows = [
