@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
-import json
 import math
 import os
 import signal
@@ -23,14 +22,14 @@ from typing import Any
 
 from parallel_train import processes
 from parallel_train.abort import on_abort
+from parallel_train.beats import BEAT, Beats, say_why, why
 from parallel_train.errors import FAULT, PREEMPTED, USER_ERROR, UserError
+from parallel_train.signals import Signals
 from parallel_train.store import NoAnswer, Store, answers, open_store
 
 _PERIOD = 0.2  # seconds between two looks
-_BEAT = 1.0  # seconds between two signs of life
 _SUSPENDED = 4.0  # seconds between two looks that mean that this process was stopped meanwhile
 _LAST_WORDS = 3.0  # seconds to tell the others why the job ends, and for them to read it from process 0
-_GONE = 'gone'  # the last sign of life of a process that has ended well
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +56,17 @@ class Lifeline:
 
     def __init__(self, limits: Limits):
         self._limits, self._save_every = limits, 0.0
-        self._process, self._count = processes.index(), processes.count()
+        self._process, self._count, self._beats = processes.index(), processes.count(), Beats()
         self._store = open_store('parallel_train/lifeline')
         self._lock = threading.Lock()  # held while the processes agree, so that `tick` waits
         self._ticks, self._moved = 0, time.monotonic()
         self._started, self._unwatched = False, 0
         self._due: tuple[int, str] | None = None  # (tick, what)
         self._round, self._told_ticks, self._over = 0, False, False
-        self._signals, self._asked = 0, ''
+        self._signals, self._came, self._asked = Signals(), 0, ''
         self._last_save = self._heard = time.monotonic()
         self._ended = threading.Event()
         self._hooks = contextlib.ExitStack()
-        self._beats: dict[int, tuple[str | None, float]] = {}  # process -> last sign of life, since when
         self.completed = 0  # steps that the devices are known to have completed
 
     # ------------------------------------------------------------ for the main thread
@@ -102,15 +100,7 @@ class Lifeline:
             self._unwatched -= 1
 
     def __enter__(self) -> Lifeline:
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._read, False)
-        os.set_blocking(self._write, False)
-        self._handlers: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            # The byte reaches the thread even while the main thread is inside XLA.
-            self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, lambda *_: None)
+        self._signals.open()
         self._threads = [threading.Thread(target=self._watch, name='lifeline', daemon=True)]
         if self._store is not None:
             talk = threading.Thread(target=self._talk, args=[self._store], name='lifeline', daemon=True)
@@ -128,12 +118,7 @@ class Lifeline:
         self._hooks.close()
         for thread in self._threads:
             thread.join(timeout=5)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self._handlers:
-            signal.set_wakeup_fd(self._old_fd)
-        os.close(self._read)
-        os.close(self._write)
+        self._signals.close()
 
     def _tell_of(self, error: BaseException) -> None:
         """Ends the other processes where this one failed; where it suffers from another, hears from which.
@@ -144,7 +129,7 @@ class Lifeline:
             return
         if processes.exchange_failed(error):
             # A collective fails where another process is gone: `_talk` hears of it, says who, and exits.
-            time.sleep(self._limits.heartbeat_timeout + 3 * _BEAT)
+            time.sleep(self._limits.heartbeat_timeout + 3 * BEAT)
         self._ended.set()  # this process has nothing to hear any more
         first = (str(error).strip() or repr(error)).splitlines()[0]
         code = USER_ERROR if isinstance(error, UserError) else FAULT
@@ -164,7 +149,7 @@ class Lifeline:
             if now - looked > _SUSPENDED:  # the whole process was: that is no silence of others, and no stall
                 away = now - looked
                 self._moved, self._heard = self._moved + away, self._heard + away
-                self._beats = {i: (beat, since + away) for i, (beat, since) in self._beats.items()}
+                self._beats.forgive(away)
             looked = now
             if self._save_every and self._process == 0 and now - self._last_save > self._save_every:
                 self._asked, self._last_save = self._asked or 'save', now
@@ -182,29 +167,15 @@ class Lifeline:
     def _furthest_behind(self) -> str:
         """Returns which process has passed the fewest moments: all others may wait for it."""
         places = [(self._ticks, self._process, processes.host())]
-
-        def ask(store: Store) -> None:
-            beats = [(i, store.get(f'beat/{i}')) for i in range(self._count) if i != self._process]
-            for process, beat in beats:
-                if beat is not None and beat != _GONE:
-                    _, _, host, ticks = json.loads(beat)
-                    places.append((ticks, process, host))
-
-        self._tell(ask)
+        self._tell(lambda store: places.extend(self._beats.places(store)))
         _, process, host = min(places)
         return f'process {process} ({host})'
 
     def _take_signals(self) -> None:
-        try:
-            received = os.read(self._read, 16)
-        except BlockingIOError:
-            return
-        for number in received:
-            if number not in self._handlers:
-                continue
-            self._signals += 1
+        for number in self._signals.received():
+            self._came += 1
             name = signal.Signals(number).name
-            if self._signals > 1:
+            if self._came > 1:
                 _say(f'{name} again: ends at once, without saving')
                 os._exit(128 + number)
             self._asked = 'stop'
@@ -227,31 +198,22 @@ class Lifeline:
             now = time.monotonic()
             try:
                 if now >= next_beat:
-                    next_beat = now + _BEAT
+                    next_beat = now + BEAT
                     self._beat(store, now)
                 self._agree(store)
                 self._heard = time.monotonic()
             except NoAnswer:
                 continue  # `_watch` ends the job if this lasts
         with contextlib.suppress(NoAnswer):
-            store.put(f'beat/{self._process}', _GONE, again=True)
+            self._beats.give_last(store)
 
     def _beat(self, store: Store, now: float) -> None:
-        beat = [now, self.completed, processes.host(), self._ticks]
-        store.put(f'beat/{self._process}', json.dumps(beat), again=True)
-        told = store.get('end')
-        if told:
-            message, code = json.loads(told)
+        self._beats.give(store, now, self.completed, self._ticks)
+        if told := why(store):
+            message, code = told
             self._end(message, code, stacks=code == FAULT)
-        # Process 0 watches all; the others watch process 0.
-        for process in range(self._count) if self._process == 0 else (0,):
-            beat = store.get(f'beat/{process}')
-            if process not in self._beats or beat != self._beats[process][0]:
-                self._beats[process] = (beat, now)
-            silent = now - self._beats[process][1]
-            if beat != _GONE and silent > self._limits.heartbeat_timeout:
-                where = f' ({json.loads(beat)[2]})' if beat else ''
-                self.fail(f'process {process}{where} is gone or hangs: no sign of life for {silent:.0f} s')
+        if lost := self._beats.lost(store, now, self._limits.heartbeat_timeout):
+            self.fail(lost)
 
     def _agree(self, store: Store) -> None:
         """Settles when all do what one asks for: at the first tick that no process has passed."""
@@ -272,7 +234,7 @@ class Lifeline:
             if None not in ticks:
                 store.put(f'{here}/go', str(max(int(tick) for tick in ticks if tick) + 1))
         # A process that has come to the end of its run tells no ticks any more: all come to theirs.
-        over = any(store.get(f'beat/{process}') == _GONE for process in range(self._count))
+        over = self._beats.anybody_left(store)
         go = store.get(f'{here}/go')  # after `over`: what was settled before somebody left holds
         if go is not None or over:
             if go is not None:
@@ -288,17 +250,13 @@ class Lifeline:
 
     def fail(self, message: str) -> None:
         """Ends the whole job, by what was said first where another ends it at the same time."""
-        said = [message]
+        self._end(self._end_others(message, FAULT) or message)
 
-        def words(store: Store) -> None:
-            store.put('end', json.dumps([message, FAULT]))
-            said.append(json.loads(store.get('end') or json.dumps([message]))[0])
-
-        self._tell(words)
-        self._end(said[-1])
-
-    def _end_others(self, message: str, code: int) -> bool:
-        return self._tell(lambda store: store.put('end', json.dumps([message, code])))
+    def _end_others(self, message: str, code: int) -> str:
+        """Tells the others why the job ends; returns what was said first, '' where nobody hears."""
+        said = ['']
+        self._tell(lambda store: said.append(say_why(store, message, code)))
+        return said[-1]
 
     def _tell(self, words: Callable[[Store], None]) -> bool:
         """Talks to the others once more, if there are any; whether they were heard."""
@@ -322,9 +280,8 @@ class Lifeline:
         os._exit(code)
 
     def _say_goodbye(self, store: Store) -> None:
-        store.put(f'beat/{self._process}', _GONE, again=True)
-        others = range(1, self._count) if self._process == 0 else ()
-        while any(store.get(f'beat/{i}') != _GONE for i in others):
+        self._beats.give_last(store)
+        while self._process == 0 and not self._beats.all_others_left(store):
             time.sleep(_PERIOD / 10)
 
 

@@ -1,0 +1,80 @@
+"""Signs of life, as process 0 of three hears them: who is lost, who is behind, what was said first."""
+
+from __future__ import annotations
+
+import pytest
+
+from parallel_train import processes
+from parallel_train.beats import Beats, say_why, why
+from parallel_train.errors import FAULT, USER_ERROR
+
+
+class Notes:
+    """The coordinator's store, in this process."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, str] = {}
+
+    def get(self, key: str) -> str | None:
+        return self._said.get(key)
+
+    def put(self, key: str, value: str, again: bool = False) -> None:
+        if again or key not in self._said:
+            self._said[key] = value
+
+
+def of_three(monkeypatch: pytest.MonkeyPatch) -> list[Beats]:
+    monkeypatch.setattr(processes, 'count', lambda: 3)
+    beats = []
+    for index in range(3):
+        monkeypatch.setattr(processes, 'index', lambda index=index: index)
+        beats.append(Beats())
+    return beats
+
+
+def give(beats: list[Beats], store: Notes, now: float, *ticks: int | None) -> None:
+    for one, passed in zip(beats, ticks, strict=True):
+        if passed is not None:
+            one.give(store, now, 0, passed)
+
+
+def test_who_is_silent_for_too_long_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    beats, store = of_three(monkeypatch), Notes()
+    for now in (0.0, 3.0, 6.0):
+        give(beats, store, now, 1, 1, 1 if not now else None)
+        assert beats[0].lost(store, now, 5.0) == (
+            f'process 2 ({processes.host()}) is gone or hangs: no sign of life for 6 s' if now == 6 else ''
+        )
+        assert beats[1].lost(store, now, 5.0) == ''  # it listens to process 0 alone
+    beats[2].give_last(store)
+    assert beats[0].lost(store, 60.0, 59.0) == '' and beats[0].anybody_left(store)
+    assert not beats[0].all_others_left(store)
+    beats[1].give_last(store)
+    assert beats[0].all_others_left(store)
+
+
+def test_while_this_process_was_suspended_nobody_was_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    beats, store = of_three(monkeypatch), Notes()
+    give(beats, store, 0.0, 1, 1, 1)
+    assert beats[0].lost(store, 0.0, 5.0) == ''
+    beats[0].forgive(100.0)
+    assert beats[0].lost(store, 104.0, 5.0) == ''
+    assert 'no sign of life for 6 s' in beats[0].lost(store, 106.0, 5.0)
+
+
+def test_those_that_run_tell_how_far_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    beats, store = of_three(monkeypatch), Notes()
+    give(beats, store, 0.0, 7, 9, None)
+    assert beats[0].places(store) == [(9, 1, processes.host())]
+    give(beats, store, 1.0, 8, 9, 4)
+    assert min(beats[0].places(store)) == (4, 2, processes.host())
+    beats[2].give_last(store)
+    assert beats[0].places(store) == [(9, 1, processes.host())]
+
+
+def test_what_was_said_first_is_why_the_job_ends() -> None:
+    store = Notes()
+    assert why(store) is None
+    assert say_why(store, 'the disk is full', FAULT) == 'the disk is full'
+    assert say_why(store, 'process 1 is gone', USER_ERROR) == 'the disk is full'
+    assert why(store) == ('the disk is full', FAULT)
