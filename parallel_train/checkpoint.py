@@ -34,7 +34,7 @@ from parallel_train.workdir import CHECKPOINTS
 
 DAMAGED = 'damaged'  # folder of a workdir, beside its checkpoints
 _A_DAY = 86_400.0  # seconds
-_FINGERPRINTS, _ACCURACY = 'fingerprints', 'accuracy'  # in the metadata of a checkpoint
+_FINGERPRINTS = 'fingerprints'  # in the metadata of a checkpoint
 
 
 @contextlib.contextmanager
@@ -93,12 +93,13 @@ class Checkpoints:
         self._latest: int | None = processes.share(lambda: self._manager.latest_step())
         if not processes.is_first():  # now that process 0 has made the folder
             self._manager = open_manager(directory, policy, self._read_only)
-        for step in self.steps():
-            with contextlib.suppress(Exception):  # none, or damaged
-                self.evaluated(step, float(self._metadata(step)[_ACCURACY]))
 
     def evaluated(self, step: int, accuracy: float) -> None:
-        """Tells of an evaluation after `step` updates, whose checkpoint may have been saved before it."""
+        """Tells of an evaluation after `step` updates, before or after they were saved.
+
+        Of those before a resume too: a checkpoint itself does not say how good it is, as a run that is
+        stopped while it evaluates has saved by then.
+        """
         self._accuracy[step] = accuracy
 
     def _metadata(self, step: int) -> dict[str, Any]:
@@ -113,26 +114,20 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(
-        self, step: int, state: TrainState, fingerprints: dict[str, int], accuracy: float | None
-    ) -> bool:
+    def save(self, step: int, state: TrainState, fingerprints: dict[str, int]) -> bool:
         """Starts to save `state`, whose arrays may be donated as soon as this returns.
 
         Args:
           step: completed steps.
           state: the state.
           fingerprints: of its arrays, by name (replicas.py).
-          accuracy: on the eval split at this step, if it was evaluated.
 
         Returns:
           False if the disk did not take it: said, and to be tried again later.
         """
         self.wait()
         self._saving = step
-        beside: dict[str, Any] = {_FINGERPRINTS: fingerprints}
-        if accuracy is not None:
-            self.evaluated(step, accuracy)
-            beside[_ACCURACY] = accuracy
+        beside = {_FINGERPRINTS: fingerprints}
 
         def begin() -> None:
             parts = jax.tree.map(_here, saved_parts(state))

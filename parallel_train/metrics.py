@@ -62,11 +62,6 @@ class MetricsLog:
         """Returns of which splits the row after `step` updates is written."""
         return [row['split'] for row in self.rows if row['step'] == step]
 
-    def accuracy_at(self, step: int) -> float | None:
-        """Returns the accuracy on the eval split after `step` updates; None if it was not evaluated."""
-        found = [row['accuracy'] for row in self.rows if (row['split'], row['step']) == ('eval', step)]
-        return found[-1] if found else None
-
     def write(self, row: Row) -> None:
         self.rows.append(row)
         if self._active:

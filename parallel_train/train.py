@@ -218,7 +218,7 @@ def save(state: TrainState, run: Run) -> None:
             fingerprints = run.replicas.settle()
     if good:
         with run.clock.timed('save'):
-            run.checkpoints.save(run.step, state, fingerprints, run.log.accuracy_at(run.step))
+            run.checkpoints.save(run.step, state, fingerprints)
     run.restart_interval()
 
 

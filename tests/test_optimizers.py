@@ -268,7 +268,7 @@ def test_bits_on_1_2_8_devices_and_through_a_checkpoint(optimizer: str, tmp_path
     whole = digest(ten_steps(optimizer))
     half = run(config, first, None, range(5))
     with open_checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(5, half, digest(half), None)
+        checkpoints.save(5, half, digest(half))
 
     def restored(rate: Any, mesh: Any) -> Any:
         with open_checkpoints(tmp_path, read_only=True) as checkpoints:
