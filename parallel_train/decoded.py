@@ -36,12 +36,10 @@ def load_decoded(prepared: Prepared, split: str) -> Arrays:
 
     Raises UserError as `decode_to_files`, or if the set's folder can be written but has no room.
     """
-    own = prepared.path / 'decoded'
-    cache = machine.cache_dir() / 'decoded' / re.sub(r'\W+', '-', prepared.name)
+    if arrays := find_decoded(prepared, split):
+        return arrays
+    own, cache = _roots(prepared)
     name = f'{split}-{_key(prepared, split)}'
-    for root in (own, cache):
-        if arrays := _open(root / name, prepared, split):
-            return arrays
     shape = sum(prepared.shard_lengths[split]), *image_shape(prepared, split)
     needed = int(np.prod(shape)) + shape[0] * np.int32().nbytes
     reason = _obstacle(own)
@@ -52,6 +50,21 @@ def load_decoded(prepared: Prepared, split: str) -> Arrays:
         return _decode_once(cache / name, prepared, split, shape, f', as {reason}')
     _log.warning('%s: decoding in memory', reason)
     return decode_in_memory(prepared, split)
+
+
+def find_decoded(prepared: Prepared, split: str) -> Arrays | None:
+    """What `load_decoded` returns, if that was decoded before; writes nothing."""
+    name = f'{split}-{_key(prepared, split)}'
+    for root in _roots(prepared):
+        if arrays := _open(root / name, prepared, split):
+            return arrays
+    return None
+
+
+def _roots(prepared: Prepared) -> tuple[Path, Path]:
+    """Where decoded arrays may lie: in the set's own folder, or in the user's cache."""
+    cache = machine.cache_dir() / 'decoded' / re.sub(r'\W+', '-', prepared.name)
+    return prepared.path / 'decoded', cache
 
 
 def _key(prepared: Prepared, split: str) -> str:

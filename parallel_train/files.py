@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from parallel_train import objects
 from parallel_train.errors import UserError
@@ -85,9 +86,12 @@ def exclusive(path: Path) -> Iterator[bool]:
 
     Yields True, or False on a file system without locks, where nobody may assume to be alone. The
     file is gone afterwards.
+
+    Raises:
+      UserError: it is a link.
     """
     while True:
-        with open(path, 'a') as file:
+        with open_lock(path, str(path)) as file:
             held = _wait_for_lock(file.fileno(), path)
             if held and not _is_current(file.fileno(), path):
                 continue  # the holder before us removed the file: wait at the new one
@@ -165,6 +169,27 @@ def growing(path: Path) -> Growing | objects.Rewritten:
     return objects.Rewritten(path) if is_remote(path) else Growing(path)
 
 
+def open_lock(path: Path, name: str) -> TextIO:
+    """Opens a lock file, made if need be; not through a link, whose target may be anybody's.
+
+    Raises:
+      UserError: it is one; `name` is what the message calls it.
+    """
+
+    def no_link(file: str, flags: int) -> int:
+        return os.open(file, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+
+    try:
+        return open(path, 'a+', opener=no_link)
+    except OSError as error:
+        if not path.is_symlink():
+            raise
+        raise UserError(
+            f'{name} is a link, which this program neither makes nor follows; remove it, or name another '
+            'folder'
+        ) from error
+
+
 def lock(descriptor: int, wait: bool = False) -> bool:
     """Locks an open file for this process; False on a file system without locks.
 
@@ -190,6 +215,6 @@ def _wait_for_lock(descriptor: int, path: Path) -> bool:
 
 def _is_current(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False

@@ -112,9 +112,9 @@ def _obtain(
                 path = _publish(name, part, data_dir)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-    except UserError:
-        with contextlib.suppress(OSError):  # another process may use one by now
-            for folder_made in new_folders:
+    except BaseException:  # Ctrl-C too
+        for folder_made in new_folders:
+            with contextlib.suppress(OSError):  # another process may use it by now
                 folder_made.rmdir()
         raise
     return f'prepared in {path}, from {files.source if files else "the download of TFDS"}'
@@ -208,9 +208,10 @@ def _download_tfds(
     except Exception as error:
         reason = ' '.join(str(error).split())[:300]
         tried.append(f"TFDS's own download: {type(error).__name__}: {reason}")
-    for path, _, _ in os.walk(downloads, topdown=False):
-        with contextlib.suppress(OSError):  # keeps what is not empty
-            os.rmdir(path)
+    finally:
+        for path, _, _ in os.walk(downloads, topdown=False):
+            with contextlib.suppress(OSError):  # keeps what is not empty
+                os.rmdir(path)
     by_hand = (
         '--from=DIR with the four IDX files (train- and t10k-, images and labels); or '
         if name in IDX_NAMES

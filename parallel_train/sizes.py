@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from parallel_train import stream
-from parallel_train.dataset import call_function, is_import_path, load_split
-from parallel_train.decode import image_shape
+from parallel_train.dataset import call_function, is_import_path
+from parallel_train.decode import image_shape, open_source, reading
+from parallel_train.decoded import find_decoded
 from parallel_train.errors import NoData, UserError
 from parallel_train.known_sets import stated_sizes
 from parallel_train.prepared import Prepared, find_prepared
@@ -53,7 +57,7 @@ def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
     if is_import_path(config.dataset):
         known, source = _sizes_of_function(config, data_dir, must_know=len(given) < len(_SIZE_FIELDS))
     elif data_dir is not None and (prepared := find_prepared(config.dataset, data_dir)):
-        known, source = _sizes_of_prepared(config, data_dir, prepared)
+        known, source = _sizes_of_prepared(config, prepared)
     else:
         for field, split in [
             ('num_train_examples', config.train_split),
@@ -81,15 +85,14 @@ def find_sizes(config: Any, data_dir: Path | None) -> Sizes:
     return Sizes(**{**given, **known}, source=', '.join(sources))
 
 
-def _sizes_of_prepared(config: Any, data_dir: Path, prepared: Prepared) -> tuple[dict[str, Any], str]:
+def _sizes_of_prepared(config: Any, prepared: Prepared) -> tuple[dict[str, Any], str]:
     train = _ranges(prepared, config, 'train_split')
     evaluation = _ranges(prepared, config, 'eval_split')
     num_classes = prepared.features.num_classes
     if num_classes is None and config.image_size:
         num_classes = stream.given_classes(config)
     if num_classes is None:  # plain integers: the labels themselves tell
-        splits = (config.train_split, config.eval_split)
-        num_classes = max(load_split(config.dataset, s, data_dir).num_classes for s in splits)
+        num_classes = _classes_of_labels(prepared, {named for named, _, _ in train + evaluation})
     known = {
         'num_train_examples': sum(stop - start for _, start, stop in train),
         'num_eval_examples': sum(stop - start for _, start, stop in evaluation),
@@ -97,6 +100,34 @@ def _sizes_of_prepared(config: Any, data_dir: Path, prepared: Prepared) -> tuple
         'num_classes': num_classes,
     }
     return known, f'the prepared set {prepared.path}'
+
+
+def _classes_of_labels(prepared: Prepared, splits: Iterable[str]) -> int:
+    """How many classes the labels of whole named splits name. UserError if some are no labels.
+
+    Decodes no image and writes nothing: `plan` asks this too.
+    """
+    most = 0
+    for split in splits:
+        decoded = find_decoded(prepared, split)
+        labels = _stored_labels(prepared, split) if decoded is None else decoded[1]
+        if labels.min() < 0:
+            raise UserError(
+                f'config.dataset={prepared.name!r}: {split!r} has label {labels.min()}: this split has no '
+                'labels; choose another'
+            )
+        most = max(most, int(labels.max()))
+    return 1 + most
+
+
+def _stored_labels(prepared: Prepared, split: str) -> np.ndarray:
+    """The labels of a named split, int [n], from its records."""
+    from tensorflow_datasets.core.decode import SkipDecoding
+
+    count = sum(prepared.shard_lengths[split])
+    source = open_source(prepared.path, split, decoders={'image': SkipDecoding()})
+    with reading(prepared.path, split):
+        return np.array([source[i]['label'] for i in range(count)])
 
 
 def _ranges(prepared: Prepared, config: Any, field: str) -> list[tuple[str, int, int]]:

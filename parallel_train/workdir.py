@@ -10,12 +10,12 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from parallel_train import config as config_lib
 from parallel_train import config_fields, lease, processes
 from parallel_train.errors import UserError
-from parallel_train.files import check_writable, lock, write_atomically
+from parallel_train.files import check_writable, lock, open_lock, write_atomically
 from parallel_train.machine import BITS_DEPEND_ON
 from parallel_train.paths import is_remote
 from parallel_train.plan import HARDWARE_FIELDS, Plan
@@ -207,7 +207,7 @@ def hold(workdir: Path, lost: Callable[[str], None] | None = None) -> Iterator[N
         return
     new = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
-    with _open_lock(workdir / LOCK) as file:
+    with open_lock(workdir / LOCK, f'workdir={str(workdir)!r}: its {LOCK}') as file:
         try:
             locked = lock(file.fileno())
         except BlockingIOError as error:
@@ -232,23 +232,6 @@ def hold(workdir: Path, lost: Callable[[str], None] | None = None) -> Iterator[N
                     with contextlib.suppress(OSError):
                         folder.rmdir()
             raise
-
-
-def _open_lock(path: Path) -> TextIO:
-    """Opens the lock file, made if need be; not through a link, whose target would be truncated."""
-
-    def no_link(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
-
-    try:
-        return open(path, 'a+', opener=no_link)
-    except OSError as error:
-        if not path.is_symlink():
-            raise
-        raise UserError(
-            f'workdir={str(path.parent)!r}: its {LOCK} is a link, which this program neither makes nor '
-            'follows; remove it, or name another workdir'
-        ) from error
 
 
 def check_seen_by_all(workdir: Path) -> None:

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from parallel_train import sizes as sizes_lib
 from parallel_train.dataset import load_split
 from parallel_train.errors import UserError
 from parallel_train.prepare import SYSTEM_FOLDER, prepare
 from parallel_train.prepared import find_prepared
 from parallel_train.sizes import find_sizes
+from tests.conftest import environment, run_ok, snapshot
 from tests.test_idx import pairs, pattern
 
 
@@ -252,6 +254,41 @@ def test_sizes_of_the_prepared_set(undecoded: Path) -> None:
     assert (sizes.input_shape, sizes.num_classes) == ((28, 28, 1), 10)
     assert str(undecoded) in sizes.source
     assert not (undecoded / 'mnist/3.0.1/decoded').exists()  # no decoding for a plan
+
+
+def test_classes_of_plain_integers_are_counted_without_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `plan` asks; nor is an image decoded. Once the arrays are there, the records are not read either."""
+    import tensorflow_datasets as tfds
+
+    features = {'image': tfds.features.Image(shape=(4, 4, 3)), 'label': tfds.features.Scalar(np.int64)}
+    image = np.full((4, 4, 3), 7, np.uint8)
+    path = store(tmp_path / 'data', [{'image': image, 'label': k} for k in (0, 5, 2) * 20], features)
+    recipe = tmp_path / 'own.py'
+    recipe.write_text(
+        'from parallel_train.config import default_config\n\n\ndef get_config():\n'
+        '    config = default_config()\n    config.dataset, config.batch_size = "own", 8\n'
+        '    config.train_split, config.eval_split = "train[:50]", "train[50:]"\n    return config\n'
+    )
+    before, env = snapshot(tmp_path), environment(XDG_CACHE_HOME=str(tmp_path / 'cache'))
+    planned = run_ok('plan', f'--config={recipe}', f'--data_dir={path}', '--devices=2', '--json', env=env)
+    assert json.loads(planned.stdout)['num_train_examples'] == 50
+    monkeypatch.setattr(tfds.features.Image, 'decode_example', lambda *_: pytest.fail('decodes an image'))
+    # Of the whole split: whatever the slice, the model is the same.
+    given = config(dataset='own', train_split='train[:1]', eval_split='train[2:]')
+    sizes = find_sizes(given, path)
+    assert sizes.num_classes == 6 and snapshot(tmp_path) == before
+
+    monkeypatch.undo()
+    load_split('own', 'train', path)
+    monkeypatch.setattr(sizes_lib, 'open_source', lambda *_, **__: pytest.fail('reads records'))
+    assert find_sizes(given, path) == sizes
+
+    path = store(tmp_path / 'unlabelled', [{'image': image, 'label': k} for k in (3, -1)], features)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="config.dataset='own': 'train' has label -1"):
+        find_sizes(config(dataset='own', eval_split='train'), path)
 
 
 def test_sizes_without_data_come_from_tfds_and_config(tmp_path: Path) -> None:

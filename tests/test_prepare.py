@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from parallel_train import prepare as prepare_lib
 from parallel_train.dataset import load_split
 from parallel_train.errors import UserError
 from parallel_train.prepare import SYSTEM_FOLDER, prepare
@@ -176,6 +177,43 @@ def test_folders_that_were_made_on_the_way_go_with_what_failed(
         with pytest.raises(UserError, match='make room'):
             prepare('mnist', data_dir, source, say=quiet)
         assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError, RuntimeError])
+def test_folders_that_were_made_on_the_way_go_however_it_ends(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, data_dir = write_set(tmp_path / 'idx'), tmp_path / 'a' / 'b'
+    before = everything_in(tmp_path)
+
+    def store_half(name: str, files: Any, part: Path) -> None:
+        (part / name).mkdir()
+        raise error
+
+    monkeypatch.setattr(prepare_lib, 'store_idx', store_half)
+    with pytest.raises(error):
+        prepare('mnist', data_dir, source, say=quiet)
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ('got', 'left'), [([], []), (['half'], ['a', 'a/b', 'a/b/downloads', 'a/b/downloads/half'])]
+)
+def test_a_download_that_is_interrupted_leaves_what_it_got(
+    got: list[str], left: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_dir = tmp_path / 'a' / 'b'
+
+    def interrupted(builder: Any) -> None:
+        (data_dir / 'downloads').mkdir()
+        for name in got:
+            (data_dir / 'downloads' / name).write_text('half')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_lib, '_probe', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare('cifar10', data_dir, say=quiet)
+    assert everything_in(tmp_path) == left
 
 
 def test_from_is_read_even_where_the_set_is_there(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import time
@@ -18,8 +19,10 @@ import pytest
 from parallel_train import workdir as workdir_lib
 from parallel_train.dataset import load_split
 from parallel_train.errors import UserError
+from parallel_train.prepare import prepare
 from parallel_train.prepared import find_prepared
 from tests.conftest import ROOT, Job, cli, environment, run_cli, run_ok
+from tests.test_idx import write_set
 from tests.test_processes import free_port
 
 EVIL = "open({marker!r}, 'w').close()\nimport flax.linen as nn\n\n\nclass Model(nn.Module):\n    pass\n"
@@ -186,6 +189,32 @@ def test_a_link_in_place_of_the_lock_is_not_followed(there: bool, tmp_path: Path
     (workdir / workdir_lib.LOCK).unlink()
     with workdir_lib.hold(workdir):
         assert f'process {os.getpid()} on' in (workdir / workdir_lib.LOCK).read_text()
+
+
+@pytest.mark.parametrize('there', [True, False], ids=['to a file', 'to nothing'])
+def test_a_link_in_place_of_the_lock_of_a_set_is_not_followed(there: bool, tmp_path: Path) -> None:
+    """Neither where a set is prepared nor where it is decoded: the target would be made, and held."""
+    target, data_dir = tmp_path / 'precious', tmp_path / 'data'
+    if there:
+        target.write_text('precious')
+    source = write_set(tmp_path / 'idx')
+
+    def prepare_it() -> None:
+        prepare('mnist', data_dir, source, say=lambda line: None)
+
+    for lock, use in (
+        ('.preparing-mnist.lock', prepare_it),
+        ('mnist/3.0.1/decoded/.train.lock', lambda: load_split('mnist', 'train', data_dir)),
+    ):
+        link = data_dir / lock
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(target)
+        with pytest.raises(UserError, match=rf'{re.escape(str(link))} is a link.*; remove it'):
+            use()
+        assert target.exists() == there and (not there or target.read_text() == 'precious')
+        link.unlink()
+        use()
+        assert not link.exists()
 
 
 def test_a_job_of_this_machine_listens_to_this_machine_alone(job: Job, tmp_path: Path) -> None:
