@@ -9,6 +9,9 @@ from pathlib import Path
 
 from parallel_train.errors import UserError
 
+# PCI device ids, as jax._src.hardware_utils knows them.
+TPU_CHIPS = frozenset({'0x0027', '0x0056', '0x005e', '0x0062', '0x0063', '0x006f', '0x0076'})
+
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
@@ -43,7 +46,8 @@ def find_cluster(
         assert num_processes is not None and process_id is not None and coordinator is not None
         _check_named(coordinator, num_processes, process_id)
         return Cluster('flags', num_processes, process_id, coordinator)
-    for find in (_slurm, _open_mpi, _cloud_tpu):
+    # In JAX's order, for JAX then looks by itself: what mpirun starts in a Slurm job is Open MPI's.
+    for find in (_open_mpi, _slurm, _cloud_tpu):
         cluster = find(environ)
         if cluster:
             return cluster
@@ -119,10 +123,9 @@ def _cloud_tpu(environ: Mapping[str, str]) -> Cluster | None:
     return None
 
 
-def _has_tpu_chips() -> bool:
+def _has_tpu_chips(devices: Path = Path('/sys/bus/pci/devices')) -> bool:
     """Whether a TPU of v3 to v7x is on the PCI bus (the names of device files differ from kind to kind)."""
-    chips = {'0x0027', '0x0056', '0x005e', '0x0062', '0x0063', '0x006f', '0x0076'}  # as jax.hardware_utils
     return any(
-        vendor.read_text().strip() == '0x1ae0' and (vendor.parent / 'device').read_text().strip() in chips
-        for vendor in Path('/sys/bus/pci/devices').glob('*/vendor')
+        vendor.read_text().strip() == '0x1ae0' and (vendor.parent / 'device').read_text().strip() in TPU_CHIPS
+        for vendor in devices.glob('*/vendor')
     )
