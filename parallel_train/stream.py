@@ -23,7 +23,7 @@ from parallel_train.errors import UserError
 from parallel_train.pixels import Corrupt, Decoder, View
 from parallel_train.prepared import Prepared, unreadable
 
-_READERS, _READ_AT_ONCE = 16, 8  # threads, and the records that one reads in turn
+_READERS, _READ_AT_ONCE = 16, 16  # threads, and the records that one reads in turn
 _NAMED = 5  # corrupt images in a message
 _SAMPLED = 64  # records that tell whether two processes see the same split
 _log = logging.getLogger(__name__)

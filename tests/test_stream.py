@@ -40,6 +40,7 @@ from tests.test_processes import free_port
 
 SIZE = 32
 TRAIN = 3 * 24 + 1
+STEPS = 6  # beyond an epoch
 
 
 def config_of(**changes: Any) -> Any:
@@ -79,6 +80,12 @@ def test_a_read_depends_on_seed_epoch_and_example_alone(image_job: ImageJob) -> 
     )
 
 
+def batch_of(step: int, seed: int = 0) -> tuple[np.ndarray, int]:
+    """Returns the examples of a step of 16, and its epoch."""
+    epoch, row = divmod(step, TRAIN // 16)
+    return epoch_batches(seed, epoch, TRAIN, 16)[row], epoch
+
+
 def feeds(image_job: ImageJob, config: Any, devices: int) -> tuple[Any, Any]:
     start_devices(8)  # as every test that uses JAX in this process
     from parallel_train.batches import make_feed
@@ -93,11 +100,10 @@ def test_batches_are_the_same_on_1_2_and_4_devices(image_job: ImageJob) -> None:
     config = config_of(num_classes=3)
     split = opened(image_job)
     for devices in (1, 2, 4):
-        feed, plan = feeds(image_job, config, devices)
+        feed, _ = feeds(image_job, config, devices)
         with contextlib.closing(feed):
-            for step in range(6):  # beyond an epoch
-                epoch, row = divmod(step, plan.steps_per_epoch)
-                examples = epoch_batches(config.seed, epoch, TRAIN, 16)[row]
+            for step in range(STEPS):
+                examples, epoch = batch_of(step)
                 data = feed.at(step)
                 want, labels = split.read(examples, epoch)
                 assert np.array_equal(data['index'], examples) and np.array_equal(data['label'], labels)
@@ -105,59 +111,92 @@ def test_batches_are_the_same_on_1_2_and_4_devices(image_job: ImageJob) -> None:
                 assert len(data['image'].addressable_shards) == devices
 
 
-def test_each_process_reads_its_own_examples(image_job: ImageJob, tmp_path: Path) -> None:
-    """Two real processes of one device each: what they read, and that it is the batch."""
+@pytest.mark.parametrize('count', [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_each_process_reads_its_own_examples(count: int, image_job: ImageJob, tmp_path: Path) -> None:
+    """Real processes of one device each: what one reads, and that together they have the batches."""
     code = """
 import sys
 from pathlib import Path
 import numpy as np
 from parallel_train import processes
 from parallel_train.cluster import find_cluster
-port, index, data_dir, out = sys.argv[1:]
-processes.start(find_cluster(f'127.0.0.1:{port}', 2, int(index)), 60, 60, lambda line: None)
+port, index, count, data_dir, out = sys.argv[1:]
+count = int(count)
+processes.start(find_cluster(f'127.0.0.1:{port}', count, int(index)), 60, 60, lambda line: None)
 from parallel_train.mesh import make_mesh, start_devices
-start_devices(2)
-from parallel_train.batches import gather
-from tests.test_stream import config_of, open_split
-split = open_split(config_of(num_classes=3), 'train', Path(data_dir), training=True)
+start_devices(count)
+from parallel_train.batches import gather, make_feed
+from parallel_train.plan import make_plan
+from tests.test_stream import STEPS, TRAIN, config_of, open_split
+config, mesh = config_of(num_classes=3), make_mesh(count)
+split = open_split(config, 'train', Path(data_dir), training=True)
+feed = make_feed(split, config, make_plan(config, TRAIN, 13, count, count), mesh)
+data = [feed.at(step) for step in range(STEPS)]
+feed.close()
 asked, read = [], split.read
 split.read = lambda examples, epoch: asked.append(examples) or read(examples, epoch)
-data = gather(split, np.arange(7, 23, dtype=np.int32), make_mesh(2), epoch=2)
-shard = data['image'].addressable_shards[0]
-np.savez(f'{out}/{index}', asked=asked[0], image=np.asarray(shard.data))
+data.append(gather(split, np.arange(7, 23, dtype=np.int32), mesh, epoch=2))
+parts = {name: [np.asarray(batch[name].addressable_shards[0].data) for batch in data] for name in data[0]}
+np.savez(f'{out}/{index}', asked=asked[0], **parts)
 """
+    words = [str(count), str(image_job.data_dir), str(tmp_path)]
     port = str(free_port())
     running = [
-        subprocess.Popen(
-            [sys.executable, '-c', code, port, str(i), str(image_job.data_dir), str(tmp_path)],
-            env=environment(),
-            cwd=ROOT,
-        )
-        for i in range(2)
+        subprocess.Popen([sys.executable, '-c', code, port, str(i), *words], env=environment(), cwd=ROOT)
+        for i in range(count)
     ]
-    assert [process.wait(120) for process in running] == [0, 0]
-    want, _ = opened(image_job).read(np.arange(7, 23, dtype=np.int32), epoch=2)
-    for i in range(2):
-        got = np.load(tmp_path / f'{i}.npz')
-        assert got['asked'].tolist() == list(range(7 + 8 * i, 15 + 8 * i))
-        assert np.array_equal(got['image'], want[8 * i : 8 * i + 8])
+    assert [process.wait(120) for process in running] == [0] * count
+    split, each = opened(image_job), 16 // count
+    wanted = [*map(batch_of, range(STEPS)), (np.arange(7, 23, dtype=np.int32), 2)]
+    for step, (examples, epoch) in enumerate(wanted):
+        images, labels = split.read(examples, epoch)
+        for i in range(count):
+            got, mine = np.load(tmp_path / f'{i}.npz'), slice(each * i, each * (i + 1))
+            assert np.array_equal(got['index'][step], examples[mine])
+            assert np.array_equal(got['image'][step], images[mine])
+            assert np.array_equal(got['label'][step], labels[mine])
+            assert got['asked'].tolist() == list(range(7, 23))[mine]
 
 
-def test_a_resume_is_as_fast_and_the_same_at_any_step(image_job: ImageJob) -> None:
-    config = config_of(num_classes=3, num_epochs=300_000.0)
-    split = opened(image_job)
-    split.read(np.array([0]))  # TensorFlow is there now
+class Counted:
+    """The records of a split; notes which are read."""
+
+    def __init__(self, source: Any, read: list[int]):
+        self._source, self._read = source, read
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Any:
+        self._read.append(index)
+        return self._source[index]
+
+    def __getitems__(self, indices: Any) -> Any:
+        self._read += list(indices)
+        return self._source.__getitems__(indices)
+
+
+def test_a_resume_reads_its_own_batch_and_nothing_else_at_any_step(
+    image_job: ImageJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from parallel_train import stream
+
+    read: list[int] = []
+    open_records = stream.open_records
+    monkeypatch.setattr(stream, 'open_records', lambda *of: Counted(open_records(*of), read))
+    seed = 1  # neither batch holds the corrupt image, in whose stead another would be read
+    plain = opened(image_job, seed=seed)
     for step in (0, 1_000_000):
+        # The last step of its run, so that no later batch is read ahead.
+        config = config_of(num_classes=3, num_epochs=(step + 1) / (TRAIN // 16), seed=seed)
         feed, plan = feeds(image_job, config, 2)
-        assert plan.num_steps > step
-        start = time.perf_counter()
+        assert plan.num_steps == step + 1
+        examples, epoch = batch_of(step, seed)
+        read.clear()
         with contextlib.closing(feed):
             data = feed.at(step)
-        seconds = time.perf_counter() - start
-        epoch, row = divmod(step, plan.steps_per_epoch)
-        examples = epoch_batches(config.seed, epoch, TRAIN, 16)[row]
-        assert np.array_equal(data['image'], split.read(examples, epoch)[0])
-        assert seconds < 10, seconds  # whatever came before a millionth step would take hours
+        assert sorted(read) == sorted(examples.tolist())
+        assert np.array_equal(data['image'], plain.read(examples, epoch)[0])
 
 
 def windows(height: int, width: int, count: int, **view: Any) -> np.ndarray:
