@@ -30,7 +30,7 @@ from tests.conftest import (
     snapshot,
     without_timing,
 )
-from tests.test_processes import Processes, start  # noqa: F401, a fixture
+from tests.test_processes import Processes, free_port, start  # noqa: F401, a fixture
 from tests.test_resume import assert_same_run, copy, last_row_step
 
 
@@ -186,7 +186,7 @@ def test_a_checkpoint_without_its_arrays_spoils_no_other(broken: int, tmp_path: 
     state = initialise(config, lambda _: 0.0, mesh)
     with open_checkpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2, 3):
-            assert checkpoints.save(step, state, digest(state), None)
+            assert checkpoints.save(step, state, digest(state))
     shutil.rmtree(tmp_path / 'checkpoints' / str(broken) / 'default')
     with open_checkpoints(tmp_path, keep=3, say=said.append) as checkpoints:
         found = checkpoints.restore_latest(abstract_state(config, lambda _: 0.0), replicated(mesh))
@@ -300,10 +300,25 @@ def slow_undisturbed(tmp_path_factory: pytest.TempPathFactory, slow_job: Job) ->
     return workdir
 
 
+TREE = '--config.reduction=tree'  # whose bits are the same in several processes
+
+
+@pytest.fixture(scope='module')
+def slow_tree(tmp_path_factory: pytest.TempPathFactory, slow_job: Job) -> Path:
+    workdir = tmp_path_factory.mktemp('slow') / 'tree'
+    run_ok(*slow_job.train(workdir, TREE), env=slow_job.env)
+    return workdir
+
+
 @contextlib.contextmanager
-def training_until_full(job: Job, disk: SmallDisk, folder: Path) -> Iterator[Processes]:
-    """Trains in `run` on the small disk, which is full from step 50 on."""
-    running = Processes(folder / 'job', [disk.inside(cli(*job.train(disk.inner / 'run')))], job.env)
+def training_until_full(
+    job: Job, disk: SmallDisk, folder: Path, processes: int = 1, *more: str
+) -> Iterator[Processes]:
+    """Trains on 2 devices in `run` on the small disk, which is full from step 50 on."""
+    where = [f'--coordinator=127.0.0.1:{free_port()}', f'--num_processes={processes}'] * (processes > 1)
+    lines = [job.train(disk.inner / 'run', *more, *where) for _ in range(processes)]
+    numbered = [[*line, f'--process_id={i}'] if where else line for i, line in enumerate(lines)]
+    running = Processes(folder / 'job', [disk.inside(cli(*line)) for line in numbered], job.env)
     try:
         running.wait_until(lambda: max(checkpoint_steps(disk.path / 'run'), default=0) >= 50)
         disk.fill()
@@ -350,6 +365,45 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error(
     [result] = again.results()
     assert result.code == 0 and 'resuming from step' in result.stdout, result
     assert_same_end(workdir, slow_undisturbed)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while_costs_several_processes_nothing(
+    slow_job: Job, slow_tree: Path, small_disk: SmallDisk, tmp_path: Path
+) -> None:
+    workdir = small_disk.path / 'run'
+    with training_until_full(slow_job, small_disk, tmp_path, 2, TREE) as job:
+        job.wait_until(lambda: 'could not be written' in job.outputs() and 'kept in memory' in job.outputs())
+        rows = (workdir / 'metrics.jsonl').read_text()
+        assert rows.endswith('\n') and checkpoint_steps(workdir)
+        small_disk.make_room()
+        results = job.results()
+        assert [result.code for result in results] == [0, 0], results
+    assert 'warning: the checkpoint of step ' in results[0].stdout
+    assert 'could not be written' not in results[1].stdout + results[1].stderr  # process 0 says it for all
+    assert (workdir / 'metrics.jsonl').read_text().startswith(rows)
+    assert_same_end(workdir, slow_tree)
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_ends_several_processes_with_an_error(
+    slow_job: Job, slow_tree: Path, small_disk: SmallDisk, tmp_path: Path
+) -> None:
+    workdir = small_disk.path / 'run'
+    with training_until_full(slow_job, small_disk, tmp_path, 2, TREE) as job:
+        results = job.results()
+    assert [result.code for result in results] == [1, 1], results
+    words = 'the checkpoint of step 600 could not be written'
+    assert all(words in result.stderr.splitlines()[-1] for result in results), results
+    rows, want = without_timing(read_rows(workdir)), without_timing(read_rows(slow_tree))
+    assert rows == want[: len(rows)]
+    stands = checkpoint_steps(workdir)
+    small_disk.make_room()
+    command = small_disk.inside(cli(*slow_job.train(small_disk.inner / 'run', TREE)))
+    again = Processes(tmp_path / 'again', [command], slow_job.env)
+    [result] = again.results()
+    assert result.code == 0 and f'resuming from step {max(stands)} of' in result.stdout, result
+    assert_same_end(workdir, slow_tree)
 
 
 # ---------------------------------------------------------------- the folder goes, the clock jumps

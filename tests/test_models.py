@@ -144,24 +144,34 @@ def test_bfloat16_computes_about_the_same(model: str) -> None:
     assert 0 < float(difference) < 0.1
 
 
-def test_a_block_of_resnet50_starts_as_the_identity() -> None:
-    """Goyal et al. 2017, section 5.1: the last BatchNorm scale of each block is 0 at first."""
-    module = create_model(make_config('resnet50', data=CIFAR))
+@pytest.mark.parametrize(
+    ('model', 'kind', 'count', 'last'),
+    [
+        ('resnet18', 'BasicBlock', 2 + 2 + 2 + 2, 'BatchNorm_1'),
+        ('resnet34', 'BasicBlock', 3 + 4 + 6 + 3, 'BatchNorm_1'),
+        ('resnet50', 'BottleneckBlock', 3 + 4 + 6 + 3, 'BatchNorm_2'),
+        ('resnet101', 'BottleneckBlock', 3 + 4 + 23 + 3, 'BatchNorm_2'),
+    ],
+)
+def test_a_block_of_a_resnet_starts_as_the_identity(model: str, kind: str, count: int, last: str) -> None:
+    """Goyal et al. 2017, section 5.1: the last BatchNorm scale of each block is 0 at first, others are 1."""
+    module = create_model(make_config(model, data=CIFAR))
 
     @jax.jit
     def scales(key: jax.Array) -> dict[str, dict[str, jax.Array]]:
         params = module.init(key, jnp.ones((1, 32, 32, 3)))['params']
-        blocks = {name: block for name, block in params.items() if name.startswith('BottleneckBlock')}
         return {
             name: {norm: block[norm]['scale'] for norm in block if norm.startswith('BatchNorm')}
-            for name, block in blocks.items()
+            for name, block in params.items()
+            if name.startswith(kind)
         }
 
     blocks = scales(jax.random.key(0))
-    assert len(blocks) == 3 + 4 + 6 + 3
+    assert len(blocks) == count
     for block in blocks.values():
-        assert not np.any(block['BatchNorm_2'])
-        assert all(np.all(block[name] == 1) for name in ('BatchNorm_0', 'BatchNorm_1'))
+        assert not np.any(block.pop(last))
+        # The one after the last is that of the projection around the block.
+        assert len(block) >= int(last[-1]) and all(np.all(scale == 1) for scale in block.values())
 
 
 def test_the_stride_of_a_bottleneck_is_in_its_3x3() -> None:

@@ -196,18 +196,21 @@ def test_200_steps_on_all_device_and_process_counts(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(('number', 'victim'), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGINT, 0)])
 def test_a_signal_to_one_stops_all_at_one_step_and_another_hardware_goes_on(
-    tree_job: Job, alone: Path, start: Start, tmp_path: Path
+    number: signal.Signals, victim: int, tree_job: Job, alone: Path, start: Start, tmp_path: Path
 ) -> None:
     workdir = tmp_path / 'run'
     job = start(tree_job, workdir, 2, 2)
     job.wait_until(saved(workdir, 6))
-    job.all[1].send_signal(signal.SIGTERM)
-    first, second = job.results()
-    assert (first.code, second.code) == (75, 75), (first, second)
-    [step] = {line for r in (first, second) for line in r.stderr.splitlines() if 'stopped at step' in line}
+    job.all[victim].send_signal(number)
+    results = job.results()
+    assert [result.code for result in results] == [75, 75], results
+    [step] = {line for r in results for line in r.stderr.splitlines() if 'stopped at step' in line}
     assert f'stopped at step {max(checkpoint_steps(workdir))} of {NUM_STEPS}' in step
-    assert 'SIGTERM' in second.stderr and 'SIGTERM' not in first.stderr
+    assert all('stopped at step' in result.stderr for result in results), results
+    assert f'{number.name}: saves after' in results[victim].stderr, results
+    assert number.name not in results[1 - victim].stderr, results
     run_ok(*tree_job.train(workdir, devices=8), env=tree_job.env)
     assert_same_bits(workdir, alone)
 
@@ -302,6 +305,29 @@ def test_a_process_that_hangs_is_named(long_job: Job, start: Start, tmp_path: Pa
     job.all[1].kill()
     first, _ = job.results()
     assert first.code == 1 and 'process 1' in first.stderr and 'is gone or hangs' in first.stderr, first
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_hangs_is_named_and_does_not_go_on_alone(
+    tree_job: Job, alone: Path, start: Start, tmp_path: Path
+) -> None:
+    workdir = tmp_path / 'run'
+    job = start(tree_job, workdir, 2, 2)
+    job.wait_until(saved(workdir, 12))
+    job.all[0].send_signal(signal.SIGSTOP)
+    since = time.monotonic()
+    job.all[1].wait(HEARTBEAT + 60)
+    assert time.monotonic() - since < HEARTBEAT + 15, job.outputs()
+    kept = checkpoint_steps(workdir)
+    job.all[0].send_signal(signal.SIGCONT)  # it wakes up, and nobody is left
+    first, second = job.results(HEARTBEAT + 60)
+    assert second.code == 1, second
+    assert 'error: process 0, the coordinator, is gone or hangs: no answer for' in second.stderr, second
+    assert 'last completed step' in second.stderr and 'train.py' in second.stderr  # where it stood
+    assert first.code == 1 and first.stderr.splitlines()[-1].startswith('error: '), first
+    assert max(checkpoint_steps(workdir)) <= max(kept) + 6  # at most the save that was under way
+    run_ok(*tree_job.train(workdir, devices=1), env=tree_job.env)
+    assert_same_bits(workdir, alone)
 
 
 STUCK = """

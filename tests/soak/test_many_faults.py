@@ -264,7 +264,12 @@ def show(lives: list[tuple[Fault, Life]], undisturbed: float, disturbed: float) 
             f'  {len(chosen)} times {number.name} while {moment}: all processes ended after '
             f'{middle:.1f} s (median), {longest:.1f} s (longest)'
         )
-    print(
-        f'{undisturbed:.1f} s without faults, {disturbed:.1f} s with them: '
+    print(losses(undisturbed, disturbed, count))
+
+
+def losses(undisturbed: float, disturbed: float, count: int) -> str:
+    """Returns what so many faults cost, in seconds from the first start to the end."""
+    return (
+        f'{undisturbed:.1f} s without faults, {disturbed:.1f} s with {"them" if count > 1 else "one"}: '
         f'{(disturbed - undisturbed) / count:.1f} s lost a fault; goodput {undisturbed / disturbed:.2f}'
     )

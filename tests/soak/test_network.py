@@ -3,6 +3,7 @@
     python -m pytest -s tests/soak/test_network.py
 
 The hosts are network namespaces with host names of their own, joined by a veth pair. That takes root.
+Like the soak of processes it prints what the faults cost, against the same job on the same hosts without one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import NUM_STEPS, Job, checkpoint_steps, cli
+from tests.soak.test_many_faults import losses
 from tests.test_processes import (  # noqa: F401, fixtures
     HEARTBEAT,
     Processes,
@@ -99,9 +101,28 @@ def start(job: Job, hosts: list[Host], workdir: Path, folder: Path, *more: str) 
     return Processes(folder, lines, job.env)
 
 
+_without: list[float] = []
+
+
+def seconds_without_faults(job: Job, reference: Path, hosts: list[Host], folder: Path) -> float:
+    """Returns how long the job takes over the link, which nobody cuts; measured once for all tests."""
+    if not _without:
+        began = time.monotonic()
+        processes = start(job, hosts, folder / 'without', folder / 'undisturbed')
+        try:
+            results = processes.results()
+        finally:
+            processes.close()
+        _without.append(time.monotonic() - began)
+        assert [result.code for result in results] == [0, 0], results
+        assert_same_bits(folder / 'without', reference)
+    return _without[0]
+
+
 @pytest.mark.slow
 def test_the_link_is_cut_and_mended(tree_job: Job, alone: Path, hosts: list[Host], tmp_path: Path) -> None:
     workdir = tmp_path / 'run'
+    undisturbed = seconds_without_faults(tree_job, alone, hosts, tmp_path)
     began = time.monotonic()
     processes = start(tree_job, hosts, workdir, tmp_path / 'cut')
     try:
@@ -131,6 +152,7 @@ def test_the_link_is_cut_and_mended(tree_job: Job, alone: Path, hosts: list[Host
         results = processes.results()
     finally:
         processes.close()
+    last = time.monotonic() - mended
     assert [result.code for result in results] == [0, 0], results
     assert f'resuming from step {kept} of {NUM_STEPS}' in results[0].stdout
     assert_same_bits(workdir, alone)
@@ -138,8 +160,8 @@ def test_the_link_is_cut_and_mended(tree_job: Job, alone: Path, hosts: list[Host
         f'\n1 fault, survived: link cut {cut - began:.1f} s after the start, at step {kept} or later: the '
         f'processes ended after {ends[0]:.1f} and {ends[1]:.1f} s (heartbeat_timeout {HEARTBEAT} s), each '
         f'naming the other; mended and started again, the job resumed from step {kept} and ended '
-        f'{time.monotonic() - mended:.1f} s '
-        'later, the final checkpoint and metrics.jsonl as without the fault'
+        f'{last:.1f} s later, the final checkpoint and metrics.jsonl as without the fault\n'
+        f'{losses(undisturbed, cut - began + max(ends) + last, 1)}'
     )
 
 
@@ -148,6 +170,8 @@ def test_a_link_that_is_cut_for_a_moment_ends_nothing(
     tree_job: Job, alone: Path, hosts: list[Host], tmp_path: Path
 ) -> None:
     workdir = tmp_path / 'run'
+    undisturbed = seconds_without_faults(tree_job, alone, hosts, tmp_path)
+    began = time.monotonic()
     processes = start(tree_job, hosts, workdir, tmp_path / 'job')
     try:
         processes.wait_until(saved(workdir, 12))
@@ -162,6 +186,7 @@ def test_a_link_that_is_cut_for_a_moment_ends_nothing(
         results = processes.results()
     finally:
         processes.close()
+    print(losses(undisturbed, time.monotonic() - began, 1))
     assert [result.code for result in results] == [0, 0], results
     assert 'resuming' not in results[0].stdout
     assert_same_bits(workdir, alone)
