@@ -28,11 +28,10 @@ from parallel_train.dataset import AnySplit, Split
 from parallel_train.mesh import is_cpu, put, put_whole
 from parallel_train.plan import Plan
 from parallel_train.reduce import DATA_AXIS
-from parallel_train.stream import StreamedSplit
+from parallel_train.stream import BATCHES_AT_ONCE, StreamedSplit
 
 Data = dict[str, jax.Array]
 
-_THREADS = 4
 _STEPS_AHEAD = 4
 
 # How each array is cut over the devices: on the devices, the dataset is whole and the order is cut
@@ -175,7 +174,7 @@ def gather_ahead(
 ) -> Iterator[Data]:
     """Yields what `gather` gives for each row of examples, threads being a few rows ahead."""
     ahead: collections.deque[Future[Data]] = collections.deque()
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix='feed')
+    pool = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix='feed')
     try:
         rest = (itertools.repeat(None) if weights is None else weights), epochs or itertools.repeat(0)
         for row, weight, epoch in zip(rows, *rest):  # noqa: B905, rows decide

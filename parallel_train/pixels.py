@@ -49,10 +49,14 @@ class View:
 class Decoder:
     """Turns records into pixels, a batch at a time.
 
-    Where to crop is chosen in the caller's thread; `tf.data` decodes and crops, in one thread a core.
+    Where to crop is chosen in the caller's thread; `tf.data` decodes and crops.
+
+    Args:
+      view: what is seen.
+      at_once: how many images of a batch are decoded at the same time.
     """
 
-    def __init__(self, view: View):
+    def __init__(self, view: View, at_once: int):
         tf = _tensorflow()
         self._tf, self._view = tf, view
         specs = [tf.TensorSpec([None], tf.string), tf.TensorSpec([None, 4], tf.int32)]
@@ -62,8 +66,8 @@ class Decoder:
         def decode(images: Any, windows: Any) -> Any:
             pixels = tf.data.Dataset.from_tensor_slices((images, windows)).map(
                 as_it_is(lambda image, window: pixels_of(tf, view, image, window)),
-                num_parallel_calls=cores(),
-                deterministic=True,
+                num_parallel_calls=at_once if at_once > 1 else None,
+                deterministic=True if at_once > 1 else None,
             )
             return pixels.batch(tf.size(images, tf.int64)).with_options(options).get_single_element()
 
@@ -156,11 +160,11 @@ def _crop_of_other(tf: Any, image: Any, window: Any) -> Any:
 
 def sides_of(image: bytes) -> tuple[int, int]:
     """Returns height and width of a stored image, by its header. Corrupt: it has none."""
-    from PIL import Image
-
     sides = _sides_of_jpeg(image)  # a tenth of the time that Pillow takes, which counts for every image
     if sides:
         return sides
+    from PIL import Image
+
     try:
         with Image.open(io.BytesIO(image)) as header:
             return header.height, header.width

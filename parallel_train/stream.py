@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
+import math
 import threading
 import zlib
 from collections.abc import Sequence
@@ -20,9 +21,11 @@ import numpy as np
 
 from parallel_train.decode import open_records, reading
 from parallel_train.errors import UserError
+from parallel_train.machine import cores
 from parallel_train.pixels import Corrupt, Decoder, View
 from parallel_train.prepared import Prepared, unreadable
 
+BATCHES_AT_ONCE = 4  # that are read at the same time, each in a thread of the caller's
 _READERS, _READ_AT_ONCE = 16, 16  # threads, and the records that one reads in turn
 _NAMED = 5  # corrupt images in a message
 _SAMPLED = 64  # records that tell whether two processes see the same split
@@ -183,7 +186,7 @@ class StreamedSplit:
     def _loaded_decoder(self) -> Decoder:
         """TensorFlow is imported when the first image is wanted, once."""
         with self._lock:
-            self._decoder = self._decoder or Decoder(self._view)
+            self._decoder = self._decoder or Decoder(self._view, math.ceil(cores() / BATCHES_AT_ONCE))
             return self._decoder
 
     def _leave_out(self, example: int, record: bytes) -> int:

@@ -22,6 +22,7 @@ from parallel_train.config import complete, default_config
 from parallel_train.dataset import open_split
 from parallel_train.errors import UserError
 from parallel_train.order import epoch_batches, eval_batches
+from parallel_train.pixels import Corrupt, _sides_of_jpeg, sides_of
 from parallel_train.plan import make_plan
 from parallel_train.sizes import find_sizes
 from tests.conftest import (
@@ -55,6 +56,41 @@ def config_of(**changes: Any) -> Any:
 def opened(image_job: ImageJob, split: str = 'train', training: bool = True, **changes: Any) -> Any:
     config = config_of(num_classes=3, **changes)
     return open_split(config, split, image_job.data_dir, training)
+
+
+JPEGS: dict[str, tuple[str, dict[str, Any]]] = {
+    'colour': ('RGB', {}),
+    'grey': ('L', {}),
+    'four inks': ('CMYK', {}),
+    'progressive': ('RGB', {'progressive': True}),
+    'with EXIF and a colour profile': (
+        'RGB',
+        {'exif': b'Exif\0\0' + b'x' * 4000, 'icc_profile': b'y' * 70_000},
+    ),
+    'optimised, with a comment': ('RGB', {'optimize': True, 'comment': b'\xff\xc0' * 40}),
+}
+
+
+@pytest.mark.parametrize('kind', JPEGS)
+def test_the_sides_of_an_image_are_read_from_its_header(kind: str) -> None:
+    mode, options = JPEGS[kind]
+    file = io.BytesIO()
+    Image.new(mode, (300, 201)).save(file, 'jpeg', **options)
+    image = file.getvalue()
+    assert _sides_of_jpeg(image) == sides_of(image) == (201, 300)
+    start = next(at for at in range(len(image)) if _sides_of_jpeg(image[: at + 9]))  # the frame header
+    for broken in (image[:start], b'', image[:2], image[1:], image[:2] + b'\xff\xff' + image[2:]):
+        assert _sides_of_jpeg(broken) is None  # which leaves it to Pillow
+    for end in range(min(start, 300)):
+        with pytest.raises(Corrupt):
+            sides_of(image[:end])
+
+
+def test_the_sides_of_other_images_are_read_by_pillow() -> None:
+    for form in ('png', 'gif', 'bmp'):
+        file = io.BytesIO()
+        Image.new('L', (30, 21)).save(file, form)
+        assert sides_of(file.getvalue()) == (21, 30)
 
 
 def all_of(split: Any) -> np.ndarray:
