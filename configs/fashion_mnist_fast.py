@@ -21,7 +21,7 @@ def get_config() -> config_dict.ConfigDict:
 
     config.batch_size = 128
     config.shards = 4  # BatchNorm over 32 examples
-    config.num_epochs = 6.2
+    config.num_epochs = 7.2
 
     config.schedule = 'linear'
     config.learning_rate = 0.2

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from parallel_train import order
+from parallel_train import order, processes
 from parallel_train.dataset import AnySplit, Split
 from parallel_train.mesh import is_cpu, put, put_whole
 from parallel_train.plan import Plan
@@ -83,7 +83,7 @@ def fits_on_device(split: Split, mesh: Mesh) -> bool:
         import psutil
 
         return may_stay(split.images.nbytes * mesh.local_mesh.size, psutil.virtual_memory().total)
-    stats = mesh.devices.flat[0].memory_stats() or {}
+    stats = mesh.local_mesh.devices.flat[0].memory_stats() or {}  # JAX knows those of this process alone
     return may_stay(split.images.nbytes, stats.get('bytes_limit', 0))
 
 
@@ -93,8 +93,10 @@ def may_stay(num_bytes: int, memory_bytes: int) -> bool:
 
 
 def resident(split: Split, placement: str, mesh: Mesh) -> bool:
-    """Whether the split lives on the devices, as `config.data_placement` says."""
-    return placement == 'device' or (placement == 'auto' and fits_on_device(split, mesh))
+    """Whether the split lives on the devices, as `config.data_placement` says; every process asks at once."""
+    if placement == 'auto':  # by the memory of process 0, as all must run the same program
+        return bool(processes.share(lambda: fits_on_device(split, mesh)))
+    return placement == 'device'
 
 
 class ResidentFeed:

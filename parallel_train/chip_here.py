@@ -16,7 +16,8 @@ from parallel_train.topologies import CHIPS, TPU_SHAPES, Topology, parse
 # What JAX calls a device (`device_kind`), in lower case -> what it is called in topologies.py.
 _KINDS = (
     ('tpu v5 lite', 'v5e'), ('tpu v5e', 'v5e'), ('tpu v6 lite', 'v6e'), ('tpu v6e', 'v6e'),
-    ('tpu v5p', 'v5p'), ('tpu v5', 'v5p'), ('tpu v4', 'v4'), ('h100', 'h100'), ('a100', 'a100'),
+    ('tpu v5p', 'v5p'), ('tpu v5', 'v5p'), ('tpu v4', 'v4'),
+    ('h100', 'h100'), ('h200', 'h200'), ('a100', 'a100'),
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Which topologies are known, and what can their chips do?
 
 Figures are the vendors' peaks, per chip: Cloud TPU's pages on v4, v5e, v5p and v6e
-(cloud.google.com/tpu/docs/v5e and so on), NVIDIA's data sheets of H100 SXM and A100 SXM 80 GB.
+(cloud.google.com/tpu/docs/v5e and so on), NVIDIA's data sheets of H100 SXM, H200 SXM and A100 SXM 80 GB.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ CHIPS = {
     'v5p': Chip(459e12, 2765e9, int(95.74 * GIB), 100e9, 6.25e9, 4),
     'v6e': Chip(918e12, 1640e9, int(31.25 * GIB), 100e9, 12.5e9, 8),
     'h100': Chip(989e12, 3350e9, 80 * 10**9, 450e9, 50e9, 8),
+    'h200': Chip(989e12, 4800e9, 141 * 10**9, 450e9, 50e9, 8),
     'a100': Chip(312e12, 2039e9, 80 * 10**9, 300e9, 25e9, 8),
 }
 

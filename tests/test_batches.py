@@ -56,7 +56,9 @@ def test_cpu_devices_share_the_memory_of_the_machine(monkeypatch: pytest.MonkeyP
 )
 def test_other_devices_have_a_memory_of_their_own(stats: dict[str, int] | None, fits: bool) -> None:
     device = SimpleNamespace(platform='gpu', memory_stats=lambda: stats)
-    mesh: Any = SimpleNamespace(devices=np.array([device] * 4))
+    elsewhere = SimpleNamespace(platform='gpu')  # of another process: JAX does not know its memory
+    here = SimpleNamespace(devices=np.array([device] * 2))
+    mesh: Any = SimpleNamespace(devices=np.array([elsewhere] * 2 + [device] * 2), local_mesh=here)
     assert batches.resident(SPLIT, 'auto', mesh) is fits
 
 

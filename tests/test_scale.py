@@ -313,7 +313,7 @@ def test_drift_cancels_within_a_round() -> None:
 def test_chips_are_known_by_what_jax_calls_them() -> None:
     known = {
         'TPU v5 lite': 'v5e', 'TPU v5p': 'v5p', 'TPU v5': 'v5p', 'TPU v6 lite': 'v6e', 'TPU v4': 'v4',
-        'NVIDIA H100 80GB HBM3': 'h100', 'NVIDIA A100-SXM4-80GB': 'a100', 'cpu': None,
+        'NVIDIA H100 80GB HBM3': 'h100', 'NVIDIA H200': 'h200', 'NVIDIA A100-SXM4-80GB': 'a100', 'cpu': None,
     }  # fmt: skip
     assert {kind: chip_name(kind) for kind in known} == known
     for chip, count in (('v5e', 8), ('v4', 8), ('h100', 4), ('v5p', 1)):
