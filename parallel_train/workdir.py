@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import socket
@@ -77,27 +76,6 @@ def _find_config(workdir: Path) -> Any:
             f'workdir={str(workdir)!r}: its {CONFIG} is not what this program wrote ({error}); put the '
             'right one back, or name another workdir'
         ) from error
-
-
-def check_no_own_code(workdir: Path, config: Any) -> None:
-    """Checks that a config from `workdir` names no code in that folder: nothing there is executed.
-
-    Raises:
-      UserError: it does, where Python looks for modules in the workdir.
-    """
-    for field in ('model', 'loss', 'dataset'):
-        module = config[field].partition(':')[0].partition('.')[0]
-        if ':' not in config[field] or not module.isidentifier() or is_remote(workdir):
-            continue
-        spec = None
-        with contextlib.suppress(ValueError):  # a module that was made without one
-            spec = importlib.util.find_spec(module)  # of the top: it imports nothing
-        places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
-        if any(place and Path(place).resolve().is_relative_to(workdir.resolve()) for place in places):
-            raise UserError(
-                f'config.{field}={config[field]!r}: {module} lies in the workdir {workdir} itself, from '
-                'which nothing is executed; give the config that names it, --config=FILE, or move it away'
-            )
 
 
 def planned_devices(workdir: Path) -> int | None:

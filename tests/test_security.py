@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import numpy as np
 import psutil
 import pytest
 
+from parallel_train import config as config_lib
+from parallel_train import trusted
 from parallel_train import workdir as workdir_lib
 from parallel_train.dataset import load_split
 from parallel_train.errors import UserError
@@ -116,6 +119,113 @@ def test_code_in_a_workdir_is_not_executed(trained: Path, job: Job, tmp_path: Pa
     evil_module(workdir, tmp_path / 'marker')
     result = run_cli('evaluate', '--workdir=.', f'--data_dir={job.data_dir}', cwd=workdir)
     assert result.code == 2 and "config.model='evil:Model': evil lies in the workdir" in result.stderr, result
+    assert not (tmp_path / 'marker').exists()
+
+
+@pytest.mark.parametrize('path', ['shutil:rmtree', 'cProfile:run', 'parallel_train.files:check_writable'])
+def test_a_workdir_chooses_no_function_that_is_called_with_its_words(
+    path: str, trained: Path, job: Job, tmp_path: Path
+) -> None:
+    workdir, victim = Path(shutil.copytree(trained, tmp_path / 'run')), tmp_path / 'victim'
+    victim.mkdir()
+    words = f'__import__("os").rmdir({str(victim)!r})' if path == 'cProfile:run' else str(victim)
+    config = json.loads((workdir / 'config.json').read_text())
+    (workdir / 'config.json').write_text(json.dumps({**config, 'dataset': path, 'eval_split': words}))
+    result = run_cli('evaluate', f'--workdir={workdir}', f'--data_dir={job.data_dir}')
+    assert result.code == 2 and result.stderr.startswith(f'error: config.dataset={path!r}: '), result
+    assert '--config=FILE' in result.stderr and victim.exists()
+
+
+FUNCTIONS = """
+import functools
+from shutil import rmtree
+
+from helpers_here import exported
+
+
+def own(*words):
+    pass
+
+
+@functools.cache
+def decorated(*words):
+    pass
+
+
+called = functools.partial(own)
+wrapped = functools.cache(rmtree)
+
+
+class Class:
+    def __init__(self, *words):
+        pass
+"""
+
+
+@pytest.mark.parametrize('field', ['dataset', 'loss'])
+@pytest.mark.parametrize(
+    ('path', 'reason'),
+    [
+        ('functions_here:own', ''),
+        ('functions_here:decorated', ''),
+        ('helpers_here:exported', ''),
+        ('parallel_train.text:folder', ''),
+        ('parallel_train.losses:softmax_cross_entropy', ''),
+        *[
+            (f'functions_here:{name}', 'no Python function of functions_here itself')
+            for name in ('rmtree', 'wrapped', 'called', 'Class', 'functools', 'exported')
+        ],
+        ('functions_here:nothing', "functions_here has no 'nothing'"),
+        ('functions_nowhere:own', 'cannot import functions_nowhere'),
+        ('installed_here:own', 'installed_here is an installed module'),
+        ('installed_there:own', 'installed_there is an installed module'),
+        *[
+            (path, f'{path.partition(":")[0].partition(".")[0]} is an installed module')
+            for path in ('shutil:rmtree', 'os:system', 'this:s', 'numpy.testing:runstring', '__main__:main')
+        ],
+        ('parallel_train.files:move_folder', 'parallel_train is an installed module'),
+    ],
+)
+def test_functions_that_a_workdir_may_name(
+    field: str, path: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one's own packages; a user's own config may name any."""
+    for name in ('own', 'target', 'site-packages', 'own/helpers_here', 'target/some-1.0.dist-info'):
+        (tmp_path / name).mkdir()
+    (tmp_path / 'own' / 'functions_here.py').write_text(FUNCTIONS)
+    (tmp_path / 'own' / 'helpers_here' / '__init__.py').write_text('from helpers_here.own import exported\n')
+    (tmp_path / 'own' / 'helpers_here' / 'own.py').write_text('def exported(*words):\n    pass\n')
+    evil_module(tmp_path, tmp_path / 'marker')
+    (tmp_path / 'evil.py').rename(tmp_path / 'target' / 'installed_here.py')  # as `pip install --target` does
+    evil_module(tmp_path, tmp_path / 'marker')
+    (tmp_path / 'evil.py').rename(tmp_path / 'site-packages' / 'installed_there.py')
+    for name in ('own', 'target', 'site-packages'):
+        monkeypatch.syspath_prepend(str(tmp_path / name))
+    for name in ('functions_here', 'helpers_here', 'helpers_here.own'):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    config = config_lib.default_config()
+    config[field] = path
+    if reason:
+        with pytest.raises(UserError, match=f'^config.{field}={path!r}: .*{reason}'):
+            trusted.check_functions(config)
+        trusted.check_functions(config, given=config)
+        with pytest.raises(UserError, match=reason):
+            trusted.check_functions(config, given=config_lib.default_config())
+    else:
+        trusted.check_functions(config)
+    assert not (tmp_path / 'marker').exists() and 'this' not in sys.modules
+
+
+def test_a_loss_of_the_workdirs_own_is_refused_beside_a_config_of_the_users_too(
+    trained: Path, job: Job, tmp_path: Path
+) -> None:
+    """The run's own loss is used, whatever the config says."""
+    workdir = Path(shutil.copytree(trained, tmp_path / 'run'))
+    config = json.loads((workdir / 'config.json').read_text())
+    (workdir / 'config.json').write_text(json.dumps({**config, 'loss': 'evil:Model'}))
+    evil_module(workdir, tmp_path / 'marker')
+    result = run_cli(*job.line('evaluate', '--workdir=.'), cwd=workdir)
+    assert result.code == 2 and "config.loss='evil:Model': evil lies in the workdir" in result.stderr, result
     assert not (tmp_path / 'marker').exists()
 
 
