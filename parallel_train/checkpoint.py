@@ -30,9 +30,8 @@ from parallel_train.kept import KeepLatestAndBest, open_manager, quiet_orbax
 from parallel_train.paths import absolute
 from parallel_train.replicas import digest
 from parallel_train.state import TrainState, saved_parts
-from parallel_train.workdir import CHECKPOINTS
+from parallel_train.workdir import CHECKPOINTS, DAMAGED
 
-DAMAGED = 'damaged'  # folder of a workdir, beside its checkpoints
 _A_DAY = 86_400.0  # seconds
 _FINGERPRINTS = 'fingerprints'  # in the metadata of a checkpoint
 

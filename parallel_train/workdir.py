@@ -26,6 +26,7 @@ _ALWAYS_WRITTEN = (
     'num_epochs', 'schedule', 'learning_rate', 'optimizer',
 )  # fmt: skip
 CONFIG, PLAN, METRICS, CHECKPOINTS = 'config.json', 'plan.json', 'metrics.jsonl', 'checkpoints'
+DAMAGED = 'damaged'  # checkpoints that were set aside
 ENVIRONMENT = 'environment.json'  # of the last start
 LOCK, LEASES = '.lock', '.leases'
 _NETWORK_FILES_SHOW = 15.0  # seconds until a new file shows on other hosts; NFS keeps what it knew as long
@@ -89,9 +90,12 @@ def check(workdir: Path, config: Any, allow_plan_change: bool) -> None:
     """Checks that a job with this config may write to `workdir`; writes nothing that stays.
 
     Raises:
-      UserError: it cannot be written, or holds another job: names the fields that differ.
+      UserError: it cannot be written, has a link where folders are deleted, or holds another job: names the
+        fields that differ.
     """
     check_writable('workdir', workdir)
+    if not is_remote(workdir):
+        _check_no_links(workdir)
     there = _find_config(workdir)
     if there is None:
         if any(workdir.glob(f'{CHECKPOINTS}/*')) or (workdir / METRICS).exists():
@@ -102,6 +106,17 @@ def check(workdir: Path, config: Any, allow_plan_change: bool) -> None:
         return
     old, new = (json.loads(config_lib.to_json(c)) for c in (there, config))
     _refuse_differences(workdir, old, new, config_fields.RUN_FIELDS, 'config.', allow_plan_change)
+
+
+def _check_no_links(workdir: Path) -> None:
+    """Checks that what is deleted, old checkpoints, lies here: through a link it may be anybody's."""
+    folders = [workdir / CHECKPOINTS, workdir / DAMAGED]
+    for path in (*folders, *(step for folder in folders for step in folder.glob('*'))):
+        if path.is_symlink():
+            raise UserError(
+                f'workdir={str(workdir)!r}: {path.relative_to(workdir)} in it is a link, which this program '
+                'neither makes nor follows; put what it means there itself, or name another workdir'
+            )
 
 
 def check_plan(workdir: Path, config: Any, plan: Plan, allow_plan_change: bool) -> None:

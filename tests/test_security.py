@@ -24,7 +24,7 @@ from parallel_train.dataset import load_split
 from parallel_train.errors import UserError
 from parallel_train.prepare import prepare
 from parallel_train.prepared import find_prepared
-from tests.conftest import ROOT, Job, cli, environment, run_cli, run_ok
+from tests.conftest import ROOT, Job, cli, environment, run_cli, run_ok, snapshot
 from tests.test_idx import write_set
 from tests.test_processes import free_port
 
@@ -299,6 +299,27 @@ def test_a_link_in_place_of_the_lock_is_not_followed(there: bool, tmp_path: Path
     (workdir / workdir_lib.LOCK).unlink()
     with workdir_lib.hold(workdir):
         assert f'process {os.getpid()} on' in (workdir / workdir_lib.LOCK).read_text()
+
+
+@pytest.mark.parametrize('name', ['checkpoints', 'checkpoints/42', 'damaged', 'damaged/50'])
+def test_no_folder_is_deleted_through_a_link(name: str, trained: Path, job: Job, tmp_path: Path) -> None:
+    """In `checkpoints` what is not kept is, in `damaged` what is replaced."""
+    workdir, elsewhere = Path(shutil.copytree(trained, tmp_path / 'run')), tmp_path / 'elsewhere'
+    if (workdir / name).exists():
+        (workdir / name).rename(elsewhere)
+    else:
+        (elsewhere / '50').mkdir(parents=True)
+        (elsewhere / '50' / 'precious').write_text('precious')
+    (workdir / name).parent.mkdir(exist_ok=True)
+    (workdir / name).symlink_to(elsewhere)
+    before = snapshot(elsewhere)
+    flags = ['--config.num_epochs=3', '--config.keep_checkpoints=1', '--allow_plan_change']
+    result = run_cli(*job.train(workdir, *flags))
+    assert result.code == 2, result
+    assert f'error: workdir={str(workdir)!r}: {name} in it is a link' in result.stderr
+    assert snapshot(elsewhere) == before
+    # What writes nothing may read there.
+    run_ok('evaluate', f'--workdir={workdir}', f'--data_dir={job.data_dir}', '--devices=2')
 
 
 @pytest.mark.parametrize('there', [True, False], ids=['to a file', 'to nothing'])
