@@ -18,6 +18,7 @@ from parallel_train.files import check_writable, lock, open_lock, write_atomical
 from parallel_train.machine import BITS_DEPEND_ON
 from parallel_train.paths import is_remote
 from parallel_train.plan import HARDWARE_FIELDS, Plan
+from parallel_train.say import print_flushed
 
 # What a checkpoint means depends on these, and every version has written them. Where a field that came
 # later is missing, its default holds, which must mean what was done before there was such a field.
@@ -210,9 +211,7 @@ def hold(workdir: Path, lost: Callable[[str], None] | None = None) -> Iterator[N
                 'wait for it, stop it, or name another workdir'
             ) from error
         if not locked:
-            print(
-                f'warning: {workdir}: its file system has no locks, so no other job is kept out', flush=True
-            )
+            print_flushed(f'warning: {workdir}: its file system has no locks, so no other job is kept out')
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
         file.flush()
