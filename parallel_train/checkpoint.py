@@ -11,7 +11,6 @@ another process, which may have met a full disk or be gone. What process 0 found
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -23,18 +22,18 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from parallel_train import processes
+from parallel_train import damage, processes
+from parallel_train.damage import Damaged, first_line
 from parallel_train.errors import UserError
 from parallel_train.files import move_folder
 from parallel_train.kept import KeepLatestAndBest, open_manager, quiet_orbax
 from parallel_train.paths import absolute
 from parallel_train.replicas import digest
 from parallel_train.state import TrainState, saved_parts
-from parallel_train.workdir import CHECKPOINTS
+from parallel_train.workdir import CHECKPOINTS, DAMAGED
 
-DAMAGED = 'damaged'  # folder of a workdir, beside its checkpoints
 _A_DAY = 86_400.0  # seconds
-_FINGERPRINTS = 'fingerprints'  # in the metadata of a checkpoint
+_METADATA, _FINGERPRINTS = '_CHECKPOINT_METADATA', 'fingerprints'  # Orbax's file, and what is ours in it
 
 
 @contextlib.contextmanager
@@ -62,10 +61,6 @@ def open_checkpoints(
         yield checkpoints
     finally:
         checkpoints.close()
-
-
-class Damaged(Exception):
-    """A checkpoint that cannot be read, or does not hold what was saved."""
 
 
 class Checkpoints:
@@ -153,7 +148,7 @@ class Checkpoints:
             except Exception as error:  # of many kinds, from Orbax and TensorStore
                 if processes.exchange_failed(error):  # not the disk: another process is gone
                     raise
-                problem = _first_line(error)
+                problem = first_line(error)
         # A save may take longer than any exchange; whether process 0 still lives is the lifeline's question.
         problem = processes.share(lambda: problem, timeout=_A_DAY)
         if not problem:
@@ -177,6 +172,7 @@ class Checkpoints:
 
         Raises:
           UserError: there are checkpoints, but none can be restored; or process 0 can, and another not.
+          OSError: one cannot be read just now; nothing is set aside.
         """
         problems: dict[int, str] = {}
         for step in reversed(processes.share(self.steps)):
@@ -222,6 +218,7 @@ class Checkpoints:
 
         Raises:
           UserError: there is no such checkpoint, it holds other arrays than `template`, or is damaged.
+          OSError: it cannot be read just now.
         """
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
@@ -244,14 +241,18 @@ class Checkpoints:
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local), saved_parts(template)
         )
-        try:
+
+        def read() -> tuple[Any, Any]:
             with quiet_orbax():
                 parts = self._manager.restore(step, args=ocp.args.StandardRestore(target))
             kept = self._metadata(step).get(_FINGERPRINTS)
-        except Exception as error:  # of many kinds, from Orbax and TensorStore
-            raise Damaged(_first_line(error)) from error
-        if not isinstance(kept, dict):
-            raise Damaged('its fingerprints are missing')
+            if not isinstance(kept, dict):
+                # Orbax does not say why it could not read them: this does.
+                (self._workdir / CHECKPOINTS / str(step) / _METADATA).read_bytes()
+                raise ValueError('its fingerprints are missing')
+            return parts, kept
+
+        parts, kept = damage.read(f'checkpoint {step}', read)
         state = template.replace(**parts)
         found = digest(state)
         differing = [name for name in found if found[name] != kept.get(name)]
@@ -287,9 +288,3 @@ def _here(x: jax.Array) -> jax.Array | np.ndarray:
 def _everywhere(x: jax.Array, sharding: Any) -> jax.Array:
     """Returns the replicated array of all processes from this one's copies."""
     return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    # What follows is of use to those alone who debug TensorStore.
-    return re.split(r'\. See full TensorStore| \[(?:tensorstore_spec|source locations)=', line)[0][:300]

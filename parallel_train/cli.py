@@ -14,6 +14,7 @@ from parallel_train import commands, config_fields, flag_names
 from parallel_train import config as config_lib
 from parallel_train.errors import ENDINGS, FAULT, OK, USER_ERROR, Preempted, UserError
 from parallel_train.paths import expanded
+from parallel_train.say import drop_what_waits, print_flushed
 
 INTERRUPTED = 130
 
@@ -39,6 +40,13 @@ _NEEDED = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv` (program name first) and returns the exit code."""
+    code = _exit_code(argv)
+    if code != OK or argv[1] == 'train':  # what others print is all that they give
+        drop_what_waits()
+    return code
+
+
+def _exit_code(argv: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(
@@ -48,18 +56,18 @@ def main(argv: Sequence[str]) -> int:
         return _run(list(argv))
     except ENDINGS as error:
         if any(a.lstrip('-').lower() in ('debug', 'debug=true', 'debug=1') for a in argv):
-            traceback.print_exc()
-        print(f'{"" if isinstance(error, Preempted) else "error: "}{error}', file=sys.stderr)
+            print_flushed(traceback.format_exc().rstrip(), sys.stderr)
+        print_flushed(f'{"" if isinstance(error, Preempted) else "error: "}{error}', sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         goes_on = '; the same command goes on from the last checkpoint, if one was made'
-        print(f'interrupted{goes_on if argv[1] == "train" else ""}', file=sys.stderr)
+        print_flushed(f'interrupted{goes_on if argv[1] == "train" else ""}', sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output went away, as `| head` does
         sys.stderr.close()
         return FAULT
     except Exception:
-        traceback.print_exc()
+        print_flushed(traceback.format_exc().rstrip(), sys.stderr)
         return FAULT
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel_train import dataset, ensemble
+from parallel_train import dataset, ensemble, trusted
 from parallel_train import workdir as workdir_lib
 from parallel_train.devices import choose_devices
 from parallel_train.errors import UserError
@@ -45,15 +45,19 @@ def evaluate_run(config: Any, values: Any, workdir: Path) -> None:
       config: what to evaluate on, where it is not what the run was trained with; None for that.
       values: the flags.
       workdir: the run's folder.
+
+    Raises:
+      UserError: workdir, config, dataset or devices are wrong; or the workdir's config names code that is not
+        executed on its word.
     """
     trained = workdir_lib.read_config(workdir)
-    if config is None:
-        workdir_lib.check_no_own_code(workdir, trained)
-    else:
+    if config is not None:
         _check_evaluate_config(config, trained, values, workdir)
         with trained.unlocked():
             for field in _OF_EVALUATION:
                 trained[field] = config[field]
+    trusted.check_no_own_code(workdir, trained, given=config)
+    trusted.check_functions(trained, given=config)
     data_dir = dataset.default_data_dir(values.data_dir)
     split = dataset.open_split(trained, trained.eval_split, data_dir)
     shape, classes = split.image_shape, split.num_classes

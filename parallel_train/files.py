@@ -113,13 +113,19 @@ def sync(path: Path) -> None:
 
 
 class Growing:
-    """A file that is appended to. What the disk does not take is kept in memory and tried again later."""
+    """A file that is appended to. What the disk does not take is kept in memory and tried again later.
+
+    Kept until it is on the disk itself: where an fsync fails, the kernel forgets what it could not write, and
+    the next one succeeds without it (Rebello et al. 2020, "Can applications recover from fsync failures?").
+    """
 
     def __init__(self, path: Path):
         self._path = path
         self._file = open(path, 'ab', buffering=0)
         self._size = self._file.seek(0, os.SEEK_END)  # of what is whole
-        self._waiting: list[bytes] = []
+        self._synced = self._size  # of what is on the disk itself
+        self._kept: list[bytes] = []  # what comes after it
+        self._written = 0  # how much of that is in the file
 
     def append(self, data: bytes) -> str:
         """Writes `data` after what waits; returns why the disk does not take it, '' if it does.
@@ -127,15 +133,17 @@ class Growing:
         Raises:
           FileNotFoundError: the file was removed.
         """
-        self._waiting.append(data)
+        self._kept.append(data)
         return self.flush()
 
     def flush(self) -> str:
         """Writes what waits; see `append`."""
         if not self._path.exists():  # else it would go where nobody finds it
             raise FileNotFoundError(f'{self._path} was removed while the run goes on')
-        data = b''.join(self._waiting)
         try:
+            if self._file.seek(0, os.SEEK_END) > self._size:
+                self._file.truncate(self._size)
+            data = b''.join(self._kept[self._written :])
             while data:
                 data = data[self._file.write(data) :]
         except OSError as error:
@@ -143,7 +151,7 @@ class Growing:
                 self._file.truncate(self._size)  # half a line, or record
             return error.strerror or str(error)
         self._size = self._file.seek(0, os.SEEK_END)
-        self._waiting.clear()
+        self._written = len(self._kept)
         return ''
 
     def sync(self) -> str:
@@ -154,7 +162,12 @@ class Growing:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
+            self._size, self._written = self._synced, 0
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._size)
             return error.strerror or str(error)
+        self._synced, self._written = self._size, 0
+        self._kept.clear()
         return ''
 
     def close(self) -> None:

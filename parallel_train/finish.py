@@ -22,6 +22,7 @@ from parallel_train.paths import absolute
 from parallel_train.plan import Plan
 from parallel_train.recorder import Recorder
 from parallel_train.report import Samples, Summary, write_report
+from parallel_train.say import print_flushed
 from parallel_train.state import TrainState, create_model, eval_flags
 
 _SAMPLES_FROM = 500  # examples of the eval split that the samples are picked from; fewer, where they are
@@ -45,9 +46,9 @@ def finish(
     results = _results(config, plan, rows, recorder)
     digest = parameters_sha256(state)
     for name, text in {**results, 'sha256 of the parameters': digest}.items():
-        print(f'{name}: {text}')
+        print_flushed(f'{name}: {text}')
     spent = sorted(seconds.items(), key=lambda item: -item[1])
-    print('time: ' + ', '.join(f'{name} {value:.1f} s' for name, value in spent))
+    print_flushed('time: ' + ', '.join(f'{name} {value:.1f} s' for name, value in spent))
     summary = Summary(
         title=f'{config.model} on {config.dataset}',
         results=results,
@@ -57,7 +58,7 @@ def finish(
         parameters_sha256=digest,
     )
     report = write_report(workdir, summary, plan.rate, _samples(config, state, eval_split))
-    print(f'report: {absolute(report)}', flush=True)
+    print_flushed(f'report: {absolute(report)}')
 
 
 def say_complete(workdir: Path, step: int, say: Callable[[str], None]) -> None:

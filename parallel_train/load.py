@@ -13,6 +13,7 @@ from parallel_train import workdir as workdir_lib
 from parallel_train.checkpoint import open_checkpoints
 from parallel_train.paths import opened
 from parallel_train.state import TrainState, abstract_state, create_model
+from parallel_train.trusted import check_no_own_code
 
 
 def load_model(
@@ -36,7 +37,7 @@ def load_model(
     """
     workdir = opened('workdir', workdir)
     config = workdir_lib.read_config(workdir)
-    workdir_lib.check_no_own_code(workdir, config)
+    check_no_own_code(workdir, config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     variables = load_state(config, workdir, here, step, averages).evaluated()
     return create_model(config), {name: value for name, value in variables.items() if value}

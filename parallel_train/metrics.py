@@ -10,6 +10,7 @@ from typing import Any
 from parallel_train import events
 from parallel_train.errors import UserError
 from parallel_train.files import growing, write_atomically
+from parallel_train.say import print_flushed
 from parallel_train.workdir import METRICS
 
 Row = dict[str, Any]
@@ -79,7 +80,7 @@ class MetricsLog:
 
     def _warn_of(self, problem: str) -> None:
         if problem and not self._warned:  # once for as long as it lasts
-            print(f'warning: {self._path}: {problem}; kept in memory, tried again later', file=sys.stderr)
+            print_flushed(f'warning: {self._path}: {problem}; kept in memory, tried again later', sys.stderr)
         self._warned = bool(problem)
 
     def close(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import sys
 import zlib
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 from parallel_train import config as config_lib
 from parallel_train import dataset, processes
 from parallel_train import workdir as workdir_lib
+from parallel_train.config_fields import BUILT_IN_LOSSES, BUILT_IN_MODELS
 from parallel_train.forward import check_model_and_loss
 from parallel_train.plan import make_plan
 from parallel_train.sizes import Sizes, find_sizes
@@ -71,6 +74,7 @@ def facts(job: Job) -> dict[str, Any]:
         'optax': version('optax'),
         'devices': job.devices,
         **{f'config.{name}': value for name, value in job.config.to_dict().items()},
+        **own_code(job.config),
         f'train split of {job.config.dataset!r} (shape, digests)': _digest(job.train_split),
         f'eval split of {job.config.dataset!r} (shape, digests)': _digest(job.eval_split),
     }
@@ -84,6 +88,24 @@ def code_version() -> str:
     for file in sorted(here.rglob('*.py')):
         code.update(str(file.relative_to(here)).encode() + file.read_bytes())
     return code.hexdigest()[:12]
+
+
+def own_code(config: Any) -> dict[str, str]:
+    """Returns digests of the user's code that this process imported: of what the config names by import path.
+
+    With whatever else of the same packages is loaded by now, as a model's layers are.
+    """
+    named = [BUILT_IN_MODELS.get(config.model, config.model), BUILT_IN_LOSSES.get(config.loss, config.loss)]
+    if dataset.is_import_path(config.dataset):
+        named.append(config.dataset)
+    packages = {path.partition(':')[0].partition('.')[0] for path in named} - {__package__}
+    digests = {}
+    for name in sorted(name for name in sys.modules if name.partition('.')[0] in packages):
+        file = getattr(sys.modules[name], '__file__', None) or ''
+        if file.endswith('.py'):
+            with contextlib.suppress(OSError):  # as of one in a zip file
+                digests[f'code of {name}'] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+    return digests
 
 
 def _digest(split: dataset.AnySplit) -> str:

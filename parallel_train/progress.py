@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from parallel_train.plan import Plan
+from parallel_train.say import print_flushed, surviving
 
 _RECENT = 9  # rows that say how long a step takes now
 
@@ -74,9 +75,10 @@ class Progress:
         if not self._enabled:
             return
         if self._bar is not None:
-            self._bar.write(line, file=sys.stdout)
+            with surviving():
+                self._bar.write(line, file=sys.stdout)
         else:
-            print(line, flush=True)
+            print_flushed(line)
 
     def close(self) -> None:
         if self._bar is not None:

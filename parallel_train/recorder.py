@@ -37,10 +37,17 @@ class Recorder:
     """Writes rows of train and eval metrics, and shows them."""
 
     def __init__(
-        self, plan: Plan, mesh: Mesh, log: MetricsLog, progress: Progress, step: int, skip_nonfinite: int = 0
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        log: MetricsLog,
+        progress: Progress,
+        step: int,
+        skip_nonfinite: int = 0,
+        skipped: int = 0,
     ):
         self._plan, self._mesh, self._log, self._progress = plan, mesh, log, progress
-        self._may_skip, self._skipped = skip_nonfinite, 0
+        self._may_skip, self._skipped = skip_nonfinite, skipped  # before `step` too, which was said then
         self._pool = ThreadPoolExecutor(1, thread_name_prefix='metrics')
         self._pending: tuple[int, float, Future[_Fetched]] | None = None
         self.steps_seen, self.step_seconds = 0, 0.0  # of all rows so far, for the mean throughput

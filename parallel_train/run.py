@@ -103,7 +103,9 @@ def open_run(
     with (
         contextlib.closing(make_feed(job.train_split, job.config, plan, mesh)) as feed,
         contextlib.closing(
-            Recorder(plan, mesh, log, Progress(plan, start, first, unit), start, skip_nonfinite)
+            Recorder(
+                plan, mesh, log, Progress(plan, start, first, unit), start, skip_nonfinite, int(state.skipped)
+            )
         ) as recorder,
         contextlib.closing(Profiler(profile_steps, workdir, start)) as profiler,
     ):

@@ -24,6 +24,7 @@ from parallel_train.paths import opened
 from parallel_train.plan import Plan, make_plan
 from parallel_train.preflight import check_job, facts
 from parallel_train.run import Run, open_run
+from parallel_train.say import print_flushed
 from parallel_train.schedule import create_learning_rate_fn
 from parallel_train.show_plan import plan_table
 from parallel_train.state import TrainState, abstract_state, initialise
@@ -261,10 +262,6 @@ def explain(error: Diverged, state: TrainState, run: Run) -> str:
         f'{error}{where}; {stands}. Lower config.learning_rate or lengthen '
         'config.warmup_epochs, and use a new workdir; or leave out a few such steps: --skip_nonfinite=N'
     )
-
-
-def print_flushed(line: str) -> None:
-    print(line, flush=True)
 
 
 def say_nothing(line: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import socket
@@ -19,6 +18,7 @@ from parallel_train.files import check_writable, lock, open_lock, write_atomical
 from parallel_train.machine import BITS_DEPEND_ON
 from parallel_train.paths import is_remote
 from parallel_train.plan import HARDWARE_FIELDS, Plan
+from parallel_train.say import print_flushed
 
 # What a checkpoint means depends on these, and every version has written them. Where a field that came
 # later is missing, its default holds, which must mean what was done before there was such a field.
@@ -27,6 +27,7 @@ _ALWAYS_WRITTEN = (
     'num_epochs', 'schedule', 'learning_rate', 'optimizer',
 )  # fmt: skip
 CONFIG, PLAN, METRICS, CHECKPOINTS = 'config.json', 'plan.json', 'metrics.jsonl', 'checkpoints'
+DAMAGED = 'damaged'  # checkpoints that were set aside
 ENVIRONMENT = 'environment.json'  # of the last start
 LOCK, LEASES = '.lock', '.leases'
 _NETWORK_FILES_SHOW = 15.0  # seconds until a new file shows on other hosts; NFS keeps what it knew as long
@@ -79,27 +80,6 @@ def _find_config(workdir: Path) -> Any:
         ) from error
 
 
-def check_no_own_code(workdir: Path, config: Any) -> None:
-    """Checks that a config from `workdir` names no code in that folder: nothing there is executed.
-
-    Raises:
-      UserError: it does, where Python looks for modules in the workdir.
-    """
-    for field in ('model', 'loss', 'dataset'):
-        module = config[field].partition(':')[0].partition('.')[0]
-        if ':' not in config[field] or not module.isidentifier() or is_remote(workdir):
-            continue
-        spec = None
-        with contextlib.suppress(ValueError):  # a module that was made without one
-            spec = importlib.util.find_spec(module)  # of the top: it imports nothing
-        places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
-        if any(place and Path(place).resolve().is_relative_to(workdir.resolve()) for place in places):
-            raise UserError(
-                f'config.{field}={config[field]!r}: {module} lies in the workdir {workdir} itself, from '
-                'which nothing is executed; give the config that names it, --config=FILE, or move it away'
-            )
-
-
 def planned_devices(workdir: Path) -> int | None:
     """Returns how many devices the job in `workdir` used last, None where there is no job."""
     plan = read_json(workdir / PLAN) or {}
@@ -111,9 +91,12 @@ def check(workdir: Path, config: Any, allow_plan_change: bool) -> None:
     """Checks that a job with this config may write to `workdir`; writes nothing that stays.
 
     Raises:
-      UserError: it cannot be written, or holds another job: names the fields that differ.
+      UserError: it cannot be written, has a link where folders are deleted, or holds another job: names the
+        fields that differ.
     """
     check_writable('workdir', workdir)
+    if not is_remote(workdir):
+        _check_no_links(workdir)
     there = _find_config(workdir)
     if there is None:
         if any(workdir.glob(f'{CHECKPOINTS}/*')) or (workdir / METRICS).exists():
@@ -124,6 +107,17 @@ def check(workdir: Path, config: Any, allow_plan_change: bool) -> None:
         return
     old, new = (json.loads(config_lib.to_json(c)) for c in (there, config))
     _refuse_differences(workdir, old, new, config_fields.RUN_FIELDS, 'config.', allow_plan_change)
+
+
+def _check_no_links(workdir: Path) -> None:
+    """Checks that what is deleted, old checkpoints, lies here: through a link it may be anybody's."""
+    folders = [workdir / CHECKPOINTS, workdir / DAMAGED]
+    for path in (*folders, *(step for folder in folders for step in folder.glob('*'))):
+        if path.is_symlink():
+            raise UserError(
+                f'workdir={str(workdir)!r}: {path.relative_to(workdir)} in it is a link, which this program '
+                'neither makes nor follows; put what it means there itself, or name another workdir'
+            )
 
 
 def check_plan(workdir: Path, config: Any, plan: Plan, allow_plan_change: bool) -> None:
@@ -217,9 +211,7 @@ def hold(workdir: Path, lost: Callable[[str], None] | None = None) -> Iterator[N
                 'wait for it, stop it, or name another workdir'
             ) from error
         if not locked:
-            print(
-                f'warning: {workdir}: its file system has no locks, so no other job is kept out', flush=True
-            )
+            print_flushed(f'warning: {workdir}: its file system has no locks, so no other job is kept out')
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
         file.flush()

@@ -153,6 +153,17 @@ def test_one_more_ends_the_run_and_more_go_on_from_there(tmp_path: Path) -> None
     assert without_timing(read_rows(tmp_path / 'run')) == without_timing(read_rows(tmp_path / 'at once'))
 
 
+def test_what_was_skipped_before_a_resume_is_not_said_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_lib.train_and_evaluate(linear_job(num_epochs=2.0), tmp_path, devices=2, skip_nonfinite=3)
+    assert 'warning: 2 of at most 3 steps skipped' in capsys.readouterr().out
+    assert BAD_STEPS[2] > 2 * EPOCH + 2  # so that the first row after the resume has nothing new to say
+    train_lib.train_and_evaluate(linear_job(), tmp_path, devices=2, allow_plan_change=True, skip_nonfinite=3)
+    said = re.findall('warning: (.) of at most 3 steps skipped', capsys.readouterr().out)
+    assert said == ['3']
+
+
 @pytest.mark.parametrize('reduction', ['pmean', 'tree'])
 def test_the_state_is_frozen_on_the_device(reduction: str) -> None:
     """Once no step may be skipped any more, whatever is dispatched changes nothing, statistics included."""

@@ -22,6 +22,7 @@ from tests.conftest import (
     Job,
     checkpoint_steps,
     cli,
+    environment,
     make_tiny_job,
     read_rows,
     restore,
@@ -404,6 +405,39 @@ def test_a_disk_that_stays_full_ends_several_processes_with_an_error(
     [result] = again.results()
     assert result.code == 0 and f'resuming from step {max(stands)} of' in result.stdout, result
     assert_same_end(workdir, slow_tree)
+
+
+@pytest.mark.parametrize('streams', [('stdout',), ('stdout', 'stderr')], ids=' and '.join)
+def test_a_log_on_a_full_disk_costs_lines_alone(
+    streams: tuple[str, ...], tiny_job: Job, undisturbed: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / 'run'
+    with open('/dev/full', 'w') as full:
+        where = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE} | dict.fromkeys(streams, full)
+        done = subprocess.run(
+            cli(*tiny_job.train(workdir)), cwd=ROOT, env=tiny_job.env, text=True, check=False, **where
+        )
+    assert done.returncode == 0, done.stderr
+    assert_same_run(workdir, undisturbed)
+    assert (workdir / 'report.html').exists()
+
+
+@pytest.mark.parametrize(
+    ('line', 'code'), [(['train', '--workdir=run'], 2), (['train'], 2), (['no_such_command'], 2)]
+)
+def test_the_exit_code_is_told_where_nothing_can_be_said(line: list[str], code: int, tmp_path: Path) -> None:
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            cli(*line), cwd=tmp_path, env=environment(), stdout=full, stderr=full, check=False
+        )
+    assert done.returncode == code
+
+
+def test_a_result_that_cannot_be_printed_is_an_error(tmp_path: Path) -> None:
+    """Of a command that gives nothing else."""
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(cli('--help'), cwd=tmp_path, env=environment(), stdout=full, check=False)
+    assert done.returncode != 0
 
 
 # ---------------------------------------------------------------- the folder goes, the clock jumps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -448,6 +449,50 @@ def test_processes_that_differ_are_refused_by_name(tree_job: Job, start: Start, 
         assert result.code == 2, result
         assert 'error: process 1: config.seed is 1, process 0 has 0' in result.stderr
     assert not (tmp_path / 'run').exists()
+
+
+def test_an_older_model_of_ones_own_is_refused_by_name(
+    tree_job: Job, models_dir: Path, tmp_path: Path
+) -> None:
+    older = tmp_path / 'older'
+    older.mkdir()
+    text = (models_dir / 'own_models.py').read_text()
+    (older / 'own_models.py').write_text(text.replace('momentum=0.9', 'momentum=0.99'))
+    port, common = free_port(), [*tree_job.train(tmp_path / 'run', devices=2), '--num_processes=2']
+    commands = [
+        ['env', f'PYTHONPATH={ROOT}{os.pathsep}{models}']
+        + cli(*common, f'--coordinator=127.0.0.1:{port}', f'--process_id={i}')
+        for i, models in enumerate([models_dir, older])
+    ]
+    for result in Processes(tmp_path / 'job', commands, tree_job.env).results():
+        assert result.code == 2, result
+        assert 'error: process 1: code of own_models is ' in result.stderr
+        assert 'start all processes with the same code' in result.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+def test_the_code_that_a_config_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that is imported from the same package; this program has a digest of its own."""
+    package = tmp_path / 'named_package'
+    package.mkdir()
+    (package / '__init__.py').write_text('')
+    (package / 'layers.py').write_text('width = 1')
+    (package / 'models.py').write_text('from named_package import layers')
+    (package / 'unused.py').write_text('')
+    (tmp_path / 'named_loss.py').write_text('')
+    (tmp_path / 'named_data.py').write_text('')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ('named_package.models', 'named_loss', 'named_data'):
+        importlib.import_module(name)
+    paths = {'model': 'named_package.models:M', 'loss': 'named_loss:loss', 'dataset': 'named_data:data'}
+    config = config_lib.complete(config_lib.Config(paths))
+    names = ['named_data', 'named_loss', 'named_package', 'named_package.layers', 'named_package.models']
+    before = preflight.own_code(config)
+    assert list(before) == [f'code of {name}' for name in names]
+    (package / 'layers.py').write_text('width = 2')
+    after = preflight.own_code(config)
+    assert [name for name in before if before[name] != after[name]] == ['code of named_package.layers']
+    assert preflight.own_code(config_lib.default_config()) == {}
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,12 +17,14 @@ import numpy as np
 import psutil
 import pytest
 
+from parallel_train import config as config_lib
+from parallel_train import trusted
 from parallel_train import workdir as workdir_lib
 from parallel_train.dataset import load_split
 from parallel_train.errors import UserError
 from parallel_train.prepare import prepare
 from parallel_train.prepared import find_prepared
-from tests.conftest import ROOT, Job, cli, environment, run_cli, run_ok
+from tests.conftest import ROOT, Job, cli, environment, run_cli, run_ok, snapshot
 from tests.test_idx import write_set
 from tests.test_processes import free_port
 
@@ -119,6 +122,113 @@ def test_code_in_a_workdir_is_not_executed(trained: Path, job: Job, tmp_path: Pa
     assert not (tmp_path / 'marker').exists()
 
 
+@pytest.mark.parametrize('path', ['shutil:rmtree', 'cProfile:run', 'parallel_train.files:check_writable'])
+def test_a_workdir_chooses_no_function_that_is_called_with_its_words(
+    path: str, trained: Path, job: Job, tmp_path: Path
+) -> None:
+    workdir, victim = Path(shutil.copytree(trained, tmp_path / 'run')), tmp_path / 'victim'
+    victim.mkdir()
+    words = f'__import__("os").rmdir({str(victim)!r})' if path == 'cProfile:run' else str(victim)
+    config = json.loads((workdir / 'config.json').read_text())
+    (workdir / 'config.json').write_text(json.dumps({**config, 'dataset': path, 'eval_split': words}))
+    result = run_cli('evaluate', f'--workdir={workdir}', f'--data_dir={job.data_dir}')
+    assert result.code == 2 and result.stderr.startswith(f'error: config.dataset={path!r}: '), result
+    assert '--config=FILE' in result.stderr and victim.exists()
+
+
+FUNCTIONS = """
+import functools
+from shutil import rmtree
+
+from helpers_here import exported
+
+
+def own(*words):
+    pass
+
+
+@functools.cache
+def decorated(*words):
+    pass
+
+
+called = functools.partial(own)
+wrapped = functools.cache(rmtree)
+
+
+class Class:
+    def __init__(self, *words):
+        pass
+"""
+
+
+@pytest.mark.parametrize('field', ['dataset', 'loss'])
+@pytest.mark.parametrize(
+    ('path', 'reason'),
+    [
+        ('functions_here:own', ''),
+        ('functions_here:decorated', ''),
+        ('helpers_here:exported', ''),
+        ('parallel_train.text:folder', ''),
+        ('parallel_train.losses:softmax_cross_entropy', ''),
+        *[
+            (f'functions_here:{name}', 'no Python function of functions_here itself')
+            for name in ('rmtree', 'wrapped', 'called', 'Class', 'functools', 'exported')
+        ],
+        ('functions_here:nothing', "functions_here has no 'nothing'"),
+        ('functions_nowhere:own', 'cannot import functions_nowhere'),
+        ('installed_here:own', 'installed_here is an installed module'),
+        ('installed_there:own', 'installed_there is an installed module'),
+        *[
+            (path, f'{path.partition(":")[0].partition(".")[0]} is an installed module')
+            for path in ('shutil:rmtree', 'os:system', 'this:s', 'numpy.testing:runstring', '__main__:main')
+        ],
+        ('parallel_train.files:move_folder', 'parallel_train is an installed module'),
+    ],
+)
+def test_functions_that_a_workdir_may_name(
+    field: str, path: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one's own packages; a user's own config may name any."""
+    for name in ('own', 'target', 'site-packages', 'own/helpers_here', 'target/some-1.0.dist-info'):
+        (tmp_path / name).mkdir()
+    (tmp_path / 'own' / 'functions_here.py').write_text(FUNCTIONS)
+    (tmp_path / 'own' / 'helpers_here' / '__init__.py').write_text('from helpers_here.own import exported\n')
+    (tmp_path / 'own' / 'helpers_here' / 'own.py').write_text('def exported(*words):\n    pass\n')
+    evil_module(tmp_path, tmp_path / 'marker')
+    (tmp_path / 'evil.py').rename(tmp_path / 'target' / 'installed_here.py')  # as `pip install --target` does
+    evil_module(tmp_path, tmp_path / 'marker')
+    (tmp_path / 'evil.py').rename(tmp_path / 'site-packages' / 'installed_there.py')
+    for name in ('own', 'target', 'site-packages'):
+        monkeypatch.syspath_prepend(str(tmp_path / name))
+    for name in ('functions_here', 'helpers_here', 'helpers_here.own'):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    config = config_lib.default_config()
+    config[field] = path
+    if reason:
+        with pytest.raises(UserError, match=f'^config.{field}={path!r}: .*{reason}'):
+            trusted.check_functions(config)
+        trusted.check_functions(config, given=config)
+        with pytest.raises(UserError, match=reason):
+            trusted.check_functions(config, given=config_lib.default_config())
+    else:
+        trusted.check_functions(config)
+    assert not (tmp_path / 'marker').exists() and 'this' not in sys.modules
+
+
+def test_a_loss_of_the_workdirs_own_is_refused_beside_a_config_of_the_users_too(
+    trained: Path, job: Job, tmp_path: Path
+) -> None:
+    """The run's own loss is used, whatever the config says."""
+    workdir = Path(shutil.copytree(trained, tmp_path / 'run'))
+    config = json.loads((workdir / 'config.json').read_text())
+    (workdir / 'config.json').write_text(json.dumps({**config, 'loss': 'evil:Model'}))
+    evil_module(workdir, tmp_path / 'marker')
+    result = run_cli(*job.line('evaluate', '--workdir=.'), cwd=workdir)
+    assert result.code == 2 and "config.loss='evil:Model': evil lies in the workdir" in result.stderr, result
+    assert not (tmp_path / 'marker').exists()
+
+
 @pytest.mark.parametrize('key', ['pythonClassName', 'python_class_name', 'type'])
 def test_data_do_not_choose_what_is_imported(
     key: str, undecoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -189,6 +299,27 @@ def test_a_link_in_place_of_the_lock_is_not_followed(there: bool, tmp_path: Path
     (workdir / workdir_lib.LOCK).unlink()
     with workdir_lib.hold(workdir):
         assert f'process {os.getpid()} on' in (workdir / workdir_lib.LOCK).read_text()
+
+
+@pytest.mark.parametrize('name', ['checkpoints', 'checkpoints/42', 'damaged', 'damaged/50'])
+def test_no_folder_is_deleted_through_a_link(name: str, trained: Path, job: Job, tmp_path: Path) -> None:
+    """In `checkpoints` what is not kept is, in `damaged` what is replaced."""
+    workdir, elsewhere = Path(shutil.copytree(trained, tmp_path / 'run')), tmp_path / 'elsewhere'
+    if (workdir / name).exists():
+        (workdir / name).rename(elsewhere)
+    else:
+        (elsewhere / '50').mkdir(parents=True)
+        (elsewhere / '50' / 'precious').write_text('precious')
+    (workdir / name).parent.mkdir(exist_ok=True)
+    (workdir / name).symlink_to(elsewhere)
+    before = snapshot(elsewhere)
+    flags = ['--config.num_epochs=3', '--config.keep_checkpoints=1', '--allow_plan_change']
+    result = run_cli(*job.train(workdir, *flags))
+    assert result.code == 2, result
+    assert f'error: workdir={str(workdir)!r}: {name} in it is a link' in result.stderr
+    assert snapshot(elsewhere) == before
+    # What writes nothing may read there.
+    run_ok('evaluate', f'--workdir={workdir}', f'--data_dir={job.data_dir}', '--devices=2')
 
 
 @pytest.mark.parametrize('there', [True, False], ids=['to a file', 'to nothing'])
