@@ -211,6 +211,7 @@ def save(state: TrainState, run: Run) -> None:
     run.save_asked = False
     if run.checkpoints.latest_step() == run.step:
         return
+    jax.block_until_ready(state)  # a step that never ends is a stall, also before the first save
     with run.compiling('checks of the state'):
         good = run.recorder.sync(state)
         if good:

@@ -360,12 +360,23 @@ class Stuck(nn.Module):
 """
 
 
-@pytest.mark.parametrize(('train', 'calls'), [(True, 30), (False, 5)], ids=['step', 'second evaluation'])
-def test_what_never_ends_is_noticed(train: bool, calls: int, job: Job, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ('train', 'calls', 'flags'),
+    [
+        (True, 30, []),
+        (False, 5, []),
+        (True, 3, []),
+        (True, 3, ['--profile_steps=4:8', '--config.checkpoint_every_epochs=0']),
+    ],
+    ids=['step', 'second evaluation', 'before the first save', 'before a trace'],
+)
+def test_what_never_ends_is_noticed(
+    train: bool, calls: int, flags: list[str], job: Job, tmp_path: Path
+) -> None:
     (tmp_path / 'stuck.py').write_text(STUCK.format(train=train, calls=calls))
     env = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
     more = ['--config.model=stuck:Stuck', '--config.shards=0', '--stall_timeout=6']
-    result = run_cli(*job.train(tmp_path / 'run', *more, devices=1), env=env)
+    result = run_cli(*job.train(tmp_path / 'run', *more, *flags, devices=1), env=env, timeout=120)
     assert result.code == 1, result
     assert 'hangs: no step for' in result.stderr and 'last completed step' in result.stderr
     assert 'in wait' in result.stderr and 'train.py' in result.stderr  # the stacks of all threads
