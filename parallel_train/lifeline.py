@@ -63,6 +63,7 @@ class Lifeline:
         self._started, self._unwatched = False, 0
         self._due: tuple[int, str] | None = None  # (tick, what)
         self._round, self._told_ticks, self._over = 0, False, False
+        self._nobody_hears = False
         self._signals, self._came, self._asked = Signals(), 0, ''
         self._last_save = self._heard = time.monotonic()
         self._ended = threading.Event()
@@ -158,6 +159,7 @@ class Lifeline:
                     self._settle(self._ticks + 1, self._asked)
             if self._store is not None and now - self._heard > limits.heartbeat_timeout:
                 silent = now - self._heard
+                self._nobody_hears = True  # so there is nobody to take leave of
                 self._end(f'process 0, the coordinator, is gone or hangs: no answer for {silent:.0f} s')
             still = now - self._moved
             stuck = self._started and not self._unwatched and still > limits.stall_timeout > 0
@@ -261,7 +263,7 @@ class Lifeline:
     def _tell(self, words: Callable[[Store], None]) -> bool:
         """Talks to the others once more, if there are any; whether they were heard."""
         store = self._store
-        return store is not None and answers(lambda: words(store), _LAST_WORDS)
+        return store is not None and not self._nobody_hears and answers(lambda: words(store), _LAST_WORDS)
 
     def _end(self, message: str, code: int = FAULT, stacks: bool = True) -> None:
         """Ends this process, telling where it stood."""

@@ -270,7 +270,7 @@ def test_a_process_that_dies_is_named_and_the_job_goes_on_elsewhere(
     assert second.code == -signal.SIGKILL and first.code == 1, first
     assert f'process 1 ({socket.gethostname()}) is gone or hangs' in first.stderr
     assert 'last completed step' in first.stderr and 'train.py' in first.stderr  # where it stood
-    assert time.monotonic() - since < HEARTBEAT + 15
+    assert time.monotonic() - since < HEARTBEAT + 3
     run_ok(*tree_job.train(workdir, devices=1), env=tree_job.env)
     assert_same_bits(workdir, alone)
 
@@ -318,7 +318,7 @@ def test_a_coordinator_that_hangs_is_named_and_does_not_go_on_alone(
     job.all[0].send_signal(signal.SIGSTOP)
     since = time.monotonic()
     job.all[1].wait(HEARTBEAT + 60)
-    assert time.monotonic() - since < HEARTBEAT + 15, job.outputs()
+    assert time.monotonic() - since < HEARTBEAT + 3, job.outputs()
     kept = checkpoint_steps(workdir)
     job.all[0].send_signal(signal.SIGCONT)  # it wakes up, and nobody is left
     first, second = job.results(HEARTBEAT + 60)
