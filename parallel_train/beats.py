@@ -36,10 +36,11 @@ class Beats:
         """Says that this process ends, and that nobody is to wait for it."""
         store.put(f'beat/{self._process}', _GONE, again=True)
 
-    def lost(self, store: Store, now: float, timeout: float) -> str:
+    def lost(self, store: Store, now: float, timeout: float, start_timeout: float) -> str:
         """Returns in words which process has been silent for `timeout` seconds; '' if none.
 
-        Less a beat: so much may have passed before its last sign was heard.
+        Less a beat: so much may have passed before its last sign was heard. One that has joined may be slow
+        to import what it needs, as from a network file system: until its first sign it has `start_timeout`.
         """
         now -= self._forgiven
         lost = ''
@@ -49,9 +50,10 @@ class Beats:
                 self._heard[process] = (beat, now)
                 self._given_up.discard(process)
             silent = now - self._heard[process][1]
-            if beat != _GONE and silent > timeout / 2:
+            limit = start_timeout if beat is None else timeout
+            if beat != _GONE and silent > limit / 2:
                 self._given_up.add(process)
-            if beat != _GONE and silent > timeout - BEAT and not lost:
+            if beat != _GONE and silent > limit - BEAT and not lost:
                 where = f' ({json.loads(beat)[2]})' if beat else ''
                 lost = f'process {process}{where} is gone or hangs: no sign of life for {silent:.0f} s'
         return lost

@@ -214,7 +214,8 @@ class Lifeline:
         if told := why(store):
             message, code = told
             self._end(message, code, stacks=code == FAULT)
-        if lost := self._beats.lost(store, now, self._limits.heartbeat_timeout):
+        limits = self._limits
+        if lost := self._beats.lost(store, now, limits.heartbeat_timeout, limits.start_timeout):
             self.fail(lost)
 
     def _agree(self, store: Store) -> None:

@@ -1,8 +1,9 @@
-"""The command line, slow in one place: `python -m tests.slow evaluation|save STEP train ...`.
+"""The command line, slow in one place: `python -m tests.slow PLACE NUMBER train ...`. The places:
 
-`evaluation`: each batch of the evaluation after STEP steps is told, and comes a tenth of a second late.
-`save`: the checkpoint of STEP steps is not whole before the run has begun to stop; until then steps
+`evaluation`: each batch of the evaluation after NUMBER steps is told, and comes a tenth of a second late.
+`save`: the checkpoint of NUMBER steps is not whole before the run has begun to stop; until then steps
 are slow, and told.
+`imports`: process 1 takes NUMBER seconds more from its joining to its first sign of life.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parallel_train import cli, evaluate
+from parallel_train import cli, commands, evaluate, processes
 from parallel_train import train as train_lib
 
 BATCH, STEP = 'a batch of the evaluation', 'a step while the checkpoint is not whole'
@@ -62,8 +63,22 @@ def slow_save(step: int) -> None:
     train_lib.do_what_is_due, train_lib.stop, os.rename = slow_steps, stopping, held
 
 
+def slow_imports(seconds: int) -> None:
+    join = commands._join_job
+
+    def join_and_import(values: Any) -> Any:
+        limits = join(values)
+        time.sleep(seconds if processes.index() == 1 else 0)
+        return limits
+
+    commands._join_job = join_and_import
+
+
+PLACES = {'evaluation': slow_evaluation, 'save': slow_save, 'imports': slow_imports}
+
+
 def main() -> int:
-    {'evaluation': slow_evaluation, 'save': slow_save}[sys.argv[1]](int(sys.argv[2]))
+    PLACES[sys.argv[1]](int(sys.argv[2]))
     return cli.main(['parallel_train', *sys.argv[3:]])
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -273,6 +274,25 @@ def test_a_process_that_dies_is_named_and_the_job_goes_on_elsewhere(
     assert time.monotonic() - since < HEARTBEAT + 3
     run_ok(*tree_job.train(workdir, devices=1), env=tree_job.env)
     assert_same_bits(workdir, alone)
+
+
+@pytest.mark.slow
+def test_slow_imports_of_a_process_that_has_joined_are_no_silence(tree_job: Job, tmp_path: Path) -> None:
+    line = [*tree_job.train(tmp_path / 'run'), '--heartbeat_timeout=5', '--num_processes=2']
+    line = [
+        sys.executable,
+        '-m',
+        'tests.slow',
+        'imports',
+        '15',
+        *line,
+        f'--coordinator=127.0.0.1:{free_port()}',
+    ]
+    job = Processes(tmp_path / 'job', [[*line, f'--process_id={i}'] for i in range(2)], tree_job.env)
+    try:
+        assert [result.code for result in job.results()] == [0, 0], job.outputs()
+    finally:
+        job.close()
 
 
 @pytest.mark.slow
