@@ -29,6 +29,7 @@ from parallel_train.store import NoAnswer, Store, answers, open_store
 
 _PERIOD = 0.2  # seconds between two looks
 _SUSPENDED = 4.0  # seconds between two looks that mean that this process was stopped meanwhile
+_LONGER = 6.0  # times --stall_timeout: what a save may take, to a slow disk
 _LAST_WORDS = 3.0  # seconds to tell the others why the job ends, and for them to read it from process 0
 
 
@@ -60,7 +61,7 @@ class Lifeline:
         self._store = open_store('parallel_train/lifeline')
         self._lock = threading.Lock()  # held while the processes agree, so that `tick` waits
         self._ticks, self._moved = 0, time.monotonic()
-        self._started, self._unwatched = False, 0
+        self._started, self._awaits = False, ('no step', 1.0)  # what a stall lacks, times --stall_timeout
         self._due: tuple[int, str] | None = None  # (tick, what)
         self._round, self._told_ticks, self._over = 0, False, False
         self._nobody_hears = False
@@ -90,15 +91,23 @@ class Lifeline:
         """From now on all processes are to save every so many seconds; 0 for not at all."""
         self._save_every, self._last_save = seconds, time.monotonic()
 
-    @contextlib.contextmanager
-    def unwatched(self) -> Iterator[None]:
+    def unwatched(self) -> contextlib.AbstractContextManager[None]:
         """What may take any time, as a compilation does: not taken for a stall."""
-        self._unwatched += 1
+        return self._awaiting('no end of it', math.inf)
+
+    def longer(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """What may take several times as long as a step, as a save does."""
+        return self._awaiting(f'no end of the {what}', _LONGER)
+
+    @contextlib.contextmanager
+    def _awaiting(self, end: str, times: float) -> Iterator[None]:
+        before, self._awaits = self._awaits, (end, times)
+        self._moved = time.monotonic()
         try:
             yield
         finally:
             self._moved = time.monotonic()
-            self._unwatched -= 1
+            self._awaits = before
 
     def __enter__(self) -> Lifeline:
         self._signals.open()
@@ -161,10 +170,9 @@ class Lifeline:
                 silent = now - self._heard
                 self._nobody_hears = True  # so there is nobody to take leave of
                 self._end(f'process 0, the coordinator, is gone or hangs: no answer for {silent:.0f} s')
-            still = now - self._moved
-            stuck = self._started and not self._unwatched and still > limits.stall_timeout > 0
-            if stuck:
-                self.fail(f'{self._furthest_behind()} hangs: no step for {still:.0f} s')
+            (lacking, times), still = self._awaits, now - self._moved
+            if self._started and still > times * limits.stall_timeout > 0:
+                self.fail(f'{self._furthest_behind()} hangs: {lacking} for {still:.0f} s')
 
     def _furthest_behind(self) -> str:
         """Returns which process has passed the fewest moments: all others may wait for it."""

@@ -218,17 +218,23 @@ def save(state: TrainState, run: Run) -> None:
             run.replicas.check(state, run.step)
             fingerprints = run.replicas.settle()
     if good:
-        with run.clock.timed('save'):
+        with run.clock.timed('save'), run.lifeline.longer('save'):
             run.checkpoints.save(run.step, state, fingerprints)
     run.restart_interval()
 
 
 def save_for_good(state: TrainState, run: Run) -> None:
     """Returns once the state is on disk; a disk that did not take it gets a second chance."""
-    if not run.checkpoints.wait() or run.checkpoints.latest_step() != run.step:
+    if not is_saved(run):
         save(state, run)
-        if not run.checkpoints.wait() or run.checkpoints.latest_step() != run.step:
+        if not is_saved(run):
             raise OSError(f'the checkpoint of step {run.step} could not be written; see the warnings above')
+
+
+def is_saved(run: Run) -> bool:
+    """Waits for the save under way; whether the state of this step is on disk then."""
+    with run.lifeline.longer('save'):
+        return run.checkpoints.wait() and run.checkpoints.latest_step() == run.step
 
 
 def stop(state: TrainState, run: Run) -> NoReturn:

@@ -3,6 +3,8 @@
 `evaluation`: each batch of the evaluation after NUMBER steps is told, and comes a tenth of a second late.
 `save`: the checkpoint of NUMBER steps is not whole before the run has begun to stop; until then steps
 are slow, and told.
+`disk`: the checkpoint of the first NUMBER steps takes 20 seconds.
+`dead_disk`: it is never whole, and a save may take no longer than twice --stall_timeout.
 `imports`: process 1 takes NUMBER seconds more from its joining to its first sign of life.
 """
 
@@ -16,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parallel_train import cli, commands, evaluate, processes
+from parallel_train import cli, commands, evaluate, lifeline, processes
 from parallel_train import train as train_lib
 
 BATCH, STEP = 'a batch of the evaluation', 'a step while the checkpoint is not whole'
@@ -63,6 +65,22 @@ def slow_save(step: int) -> None:
     train_lib.do_what_is_due, train_lib.stop, os.rename = slow_steps, stopping, held
 
 
+def slow_disk(step: int, seconds: float = 20.0) -> None:
+    rename = os.rename
+
+    def late(source: Any, target: Any, **options: Any) -> None:
+        if Path(target).name == str(step):
+            time.sleep(seconds)
+        rename(source, target, **options)
+
+    os.rename = late
+
+
+def dead_disk(step: int) -> None:
+    lifeline._LONGER = 2.0
+    slow_disk(step, 10_000.0)
+
+
 def slow_imports(seconds: int) -> None:
     join = commands._join_job
 
@@ -74,7 +92,13 @@ def slow_imports(seconds: int) -> None:
     commands._join_job = join_and_import
 
 
-PLACES = {'evaluation': slow_evaluation, 'save': slow_save, 'imports': slow_imports}
+PLACES = {
+    'evaluation': slow_evaluation,
+    'save': slow_save,
+    'disk': slow_disk,
+    'dead_disk': dead_disk,
+    'imports': slow_imports,
+}
 
 
 def main() -> int:
