@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import faulthandler
 import math
 import os
 import signal
@@ -23,6 +22,7 @@ from typing import Any
 from parallel_train import processes
 from parallel_train.abort import on_abort
 from parallel_train.beats import BEAT, Beats, say_why, why
+from parallel_train.ending import Timer, say, say_stacks
 from parallel_train.errors import FAULT, PREEMPTED, USER_ERROR, UserError
 from parallel_train.signals import Signals
 from parallel_train.store import NoAnswer, Store, answers, open_store
@@ -65,6 +65,7 @@ class Lifeline:
         self._due: tuple[int, str] | None = None  # (tick, what)
         self._round, self._told_ticks, self._over = 0, False, False
         self._nobody_hears = False
+        self._timer = Timer()  # for where `_watch` itself cannot run
         self._signals, self._came, self._asked = Signals(), 0, ''
         self._last_save = self._heard = time.monotonic()
         self._ended = threading.Event()
@@ -128,6 +129,7 @@ class Lifeline:
         self._hooks.close()
         for thread in self._threads:
             thread.join(timeout=5)
+        self._timer.stop()
         self._signals.close()
 
     def _tell_of(self, error: BaseException) -> None:
@@ -146,7 +148,7 @@ class Lifeline:
         self._end_others(f'process {self._process} ({processes.host()}) failed: {first}', code)
         if code == FAULT:
             traceback.print_exception(error)
-        _say(f'error: {first}')
+        say(f'error: {first}')
         self._exit(code)
 
     # ------------------------------------------------------------ signals, and a main thread that is stuck
@@ -171,6 +173,7 @@ class Lifeline:
                 self._nobody_hears = True  # so there is nobody to take leave of
                 self._end(f'process 0, the coordinator, is gone or hangs: no answer for {silent:.0f} s')
             (lacking, times), still = self._awaits, now - self._moved
+            self._timer.set(times * limits.stall_timeout if self._started else 0)
             if self._started and still > times * limits.stall_timeout > 0:
                 self.fail(f'{self._furthest_behind()} hangs: {lacking} for {still:.0f} s')
 
@@ -186,15 +189,15 @@ class Lifeline:
             self._came += 1
             name = signal.Signals(number).name
             if self._came > 1:
-                _say(f'{name} again: ends at once, without saving')
+                say(f'{name} again: ends at once, without saving')
                 os._exit(128 + number)
             self._asked = 'stop'
-            _say(f'{name}: saves after the step in flight and stops; again: ends at once')
+            say(f'{name}: saves after the step in flight and stops; again: ends at once')
 
     def _settle(self, tick: int, what: str) -> None:
         """All are to do `what` at `tick`."""
         if what == 'stop' and tick == 1:  # no process has made a step: it may compile for long yet
-            _say('stopped before the first step; nothing to save')
+            say('stopped before the first step; nothing to save')
             self._exit(PREEMPTED)
         self._due = (tick, what)
         if what == self._asked:
@@ -277,10 +280,8 @@ class Lifeline:
     def _end(self, message: str, code: int = FAULT, stacks: bool = True) -> None:
         """Ends this process, telling where it stood."""
         if stacks:
-            _say('the Python stacks of all threads:')
-            with contextlib.suppress(OSError, ValueError, RuntimeError):
-                faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        _say(f'error: {message}; the last completed step known here is {self.completed:,}')
+            say_stacks()
+        say(f'error: {message}; the last completed step known here is {self.completed:,}')
         self._exit(code)
 
     def _exit(self, code: int) -> None:
@@ -294,8 +295,3 @@ class Lifeline:
         self._beats.give_last(store)
         while self._process == 0 and not self._beats.all_others_left(store):
             time.sleep(_PERIOD / 10)
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a full disk or a closed pipe must not stop what follows
-        print(line, file=sys.stderr, flush=True)

@@ -5,11 +5,14 @@
 are slow, and told.
 `disk`: the checkpoint of the first NUMBER steps takes 20 seconds.
 `dead_disk`: it is never whole, and a save may take no longer than twice --stall_timeout.
+`lock`: the loader of batch NUMBER hangs in C code that keeps Python's lock (the GIL).
 `imports`: process 1 takes NUMBER seconds more from its joining to its first sign of life.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import os
 import sys
 import threading
@@ -18,14 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parallel_train import cli, commands, evaluate, lifeline, processes
+from parallel_train import batches, cli, commands, ending, evaluate, lifeline, processes
 from parallel_train import train as train_lib
 
 BATCH, STEP = 'a batch of the evaluation', 'a step while the checkpoint is not whole'
 
 
 def slow_evaluation(step: int) -> None:
-    do_what_is_due, batches = train_lib.do_what_is_due, evaluate.Evaluator._batches
+    do_what_is_due, batches_of = train_lib.do_what_is_due, evaluate.Evaluator._batches
     now = 0
 
     def noting_the_step(state: Any, run: Any) -> Any:
@@ -34,7 +37,7 @@ def slow_evaluation(step: int) -> None:
         return do_what_is_due(state, run)
 
     def late(evaluator: evaluate.Evaluator) -> Iterator[Any]:
-        for data in batches(evaluator):
+        for data in batches_of(evaluator):
             if now == step:
                 print(BATCH, flush=True)
                 time.sleep(0.1)
@@ -81,6 +84,18 @@ def dead_disk(step: int) -> None:
     slow_disk(step, 10_000.0)
 
 
+def dead_lock(batch: int) -> None:
+    ending._MARGIN = 4.0
+    gather, calls = batches.gather, itertools.count()
+
+    def gather_or_keep_the_lock(*args: Any, **options: Any) -> Any:
+        if next(calls) == batch:
+            ctypes.PyDLL(None).sleep(10_000)
+        return gather(*args, **options)
+
+    batches.gather = gather_or_keep_the_lock
+
+
 def slow_imports(seconds: int) -> None:
     join = commands._join_job
 
@@ -97,6 +112,7 @@ PLACES = {
     'save': slow_save,
     'disk': slow_disk,
     'dead_disk': dead_disk,
+    'lock': dead_lock,
     'imports': slow_imports,
 }
 

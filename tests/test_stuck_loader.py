@@ -44,6 +44,16 @@ def test_a_save_that_never_ends_is_noticed(processes: int, job: Job, tmp_path: P
         assert last.startswith('error: process 0 ') and 'hangs: no end of the save for' in last, result
 
 
+@pytest.mark.slow
+def test_a_loader_that_hangs_with_pythons_lock_is_noticed(job: Job, tmp_path: Path) -> None:
+    """No thread of Python runs any more: nothing is said but the stacks."""
+    train = job.train(tmp_path / 'run', '--config.data_placement=host', '--stall_timeout=6', devices=2)
+    line = [sys.executable, '-m', 'tests.slow', 'lock', '30', *map(str, train)]
+    [result] = run_all(line, 1, job, tmp_path)
+    assert result.code == 1 and 'Timeout (' in result.stderr, result
+    assert 'in gather_or_keep_the_lock' in result.stderr
+
+
 def run_slow(place: str, processes: int, job: Job, tmp_path: Path) -> list[Result]:
     """Runs the job with steps that may take 8 seconds, and a disk on which the first save takes longer."""
     train = job.train(tmp_path / 'run', '--stall_timeout=8', devices=2)
