@@ -70,6 +70,7 @@ class Lifeline:
         self._last_save = self._heard = time.monotonic()
         self._ended = threading.Event()
         self._hooks = contextlib.ExitStack()
+        self.at_signal = 'saves after the step in flight and stops'
         self.completed = 0  # steps that the devices are known to have completed
 
     # ------------------------------------------------------------ for the main thread
@@ -192,7 +193,7 @@ class Lifeline:
                 say(f'{name} again: ends at once, without saving')
                 os._exit(128 + number)
             self._asked = 'stop'
-            say(f'{name}: saves after the step in flight and stops; again: ends at once')
+            say(f'{name}: {self.at_signal}; again: ends at once')
 
     def _settle(self, tick: int, what: str) -> None:
         """All are to do `what` at `tick`."""

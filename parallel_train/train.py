@@ -28,6 +28,8 @@ from parallel_train.schedule import create_learning_rate_fn
 from parallel_train.show_plan import plan_table
 from parallel_train.state import TrainState, abstract_state, initialise
 
+_A_DAY = 86_400.0  # seconds; whether process 0 still lives is the lifeline's question
+
 
 def train_and_evaluate(
     config: Any,
@@ -64,9 +66,7 @@ def train_and_evaluate(
     profiled = profiling.parse(profile_steps)
     workdir, data_dir = opened('workdir', workdir), dataset.default_data_dir(data_dir)
     say = print_flushed if processes.is_first() else say_nothing
-    with contextlib.ExitStack() as stack:
-        lifeline = stack.enter_context(Lifeline(limits))
-
+    with Lifeline(limits) as lifeline, contextlib.ExitStack() as stack:
         # What will happen, and may it? Nothing is written before every process knows that it may.
         job = processes.agree(
             lambda: check_job(config, workdir, data_dir, devices, allow_plan_change),
@@ -122,8 +122,17 @@ def train_and_evaluate(
         clock.add('data wait', run.feed.wait_seconds)
         with clock.timed('save'):
             save_for_good(state, run)
-    if processes.is_first():
-        finish(workdir, job.config, plan, run.log.rows, state, job.eval_split, clock, run.recorder)
+        stack.close()
+
+        # What came of it. The others wait for process 0, so that a signal ends none of them before it.
+        lifeline.at_signal = 'ends once the report is written'
+        with lifeline.longer('report'):
+            processes.share(
+                lambda: finish(
+                    workdir, job.config, plan, run.log.rows, state, job.eval_split, clock, run.recorder
+                ),
+                timeout=_A_DAY,
+            )
         run.profiler.tell(say)
     return state
 

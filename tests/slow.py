@@ -6,6 +6,7 @@ are slow, and told.
 `disk`: the checkpoint of the first NUMBER steps takes 20 seconds.
 `dead_disk`: it is never whole, and a save may take no longer than twice --stall_timeout.
 `lock`: the loader of batch NUMBER hangs in C code that keeps Python's lock (the GIL).
+`report`: it is told when the report is begun, which takes NUMBER seconds longer.
 `imports`: process 1 takes NUMBER seconds more from its joining to its first sign of life.
 """
 
@@ -25,6 +26,7 @@ from parallel_train import batches, cli, commands, ending, evaluate, lifeline, p
 from parallel_train import train as train_lib
 
 BATCH, STEP = 'a batch of the evaluation', 'a step while the checkpoint is not whole'
+REPORT = 'the report is begun'
 
 
 def slow_evaluation(step: int) -> None:
@@ -96,6 +98,17 @@ def dead_lock(batch: int) -> None:
     batches.gather = gather_or_keep_the_lock
 
 
+def slow_report(seconds: int) -> None:
+    finish = train_lib.finish
+
+    def late(*args: Any) -> None:
+        print(REPORT, flush=True)
+        time.sleep(seconds)
+        finish(*args)
+
+    train_lib.finish = late
+
+
 def slow_imports(seconds: int) -> None:
     join = commands._join_job
 
@@ -113,6 +126,7 @@ PLACES = {
     'disk': slow_disk,
     'dead_disk': dead_disk,
     'lock': dead_lock,
+    'report': slow_report,
     'imports': slow_imports,
 }
 

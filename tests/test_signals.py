@@ -1,4 +1,4 @@
-"""A run that is asked to stop while it evaluates or saves, and started again, ends as if never stopped."""
+"""A run that is asked to stop while it evaluates, saves or reports, and goes on, ends as if never stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import NUM_STEPS, STEPS_PER_EPOCH, Job, checkpoint_steps, make_tiny_job, read_rows, run_ok
-from tests.slow import BATCH, STEP
+from tests.slow import BATCH, REPORT, STEP
 from tests.test_processes import Processes, assert_same_bits, free_port
 
 SAVE_EVERY = 20  # steps
@@ -109,3 +109,22 @@ def test_a_signal_while_a_save_is_under_way(
     assert list(checkpoints.glob('*tmp*')) == []
     go_on(launch, processes, step)
     assert_same_bits(workdir, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('processes', [1, 2], ids=['alone', 'two processes'])
+def test_a_signal_while_the_report_is_written(
+    processes: int, number: signal.Signals, undisturbed: Path, launch: Launch, tmp_path: Path
+) -> None:
+    """To all processes, as launchers send it: the run is complete, so it ends well, and soon."""
+    running = launch(('tests.slow', 'report', '2'), processes)
+    running.wait_until(lambda: REPORT in running.outputs())
+    for process in running.all:
+        process.send_signal(number)
+    results = running.results(60)
+    assert [result.code for result in results] == [0] * processes, running.outputs()
+    for result in results:
+        assert f'{number.name}: ends once the report is written; again: ends at once' in result.stderr
+    assert (tmp_path / 'run' / 'report.html').exists()
+    assert_same_bits(tmp_path / 'run', undisturbed)
