@@ -268,8 +268,10 @@ def explain(error: Diverged, state: TrainState, run: Run) -> str:
     """Returns the message of a run that diverged: what, where, and what to do."""
     where = ''
     with run.lifeline.unwatched():
-        if error.frozen and processes.is_first():
-            where = f'; {diagnose(state, run.config, run.plan, run.train_split)}'
+        if error.frozen:  # told by all, for a launcher may show any one's last words
+            where = '; ' + processes.share(
+                lambda: diagnose(state, run.config, run.plan, run.train_split), timeout=_A_DAY
+            )
         run.checkpoints.wait()
     last = run.checkpoints.latest_step()
     stands = f'the checkpoint of step {last} stands' if last else 'no checkpoint was made yet'
