@@ -96,7 +96,8 @@ def train_and_evaluate(
         state = starting_state(job.config, plan, mesh, checkpoints, skip_nonfinite)
         start = int(state.step)
         say(plan_table(plan, job.config, job.sizes.source))  # nothing is refused any more
-        if start == plan.num_steps and (workdir / 'report.html').exists():
+        # Of process 0, as another may not see yet what a network file system was given.
+        if start == plan.num_steps and processes.share((workdir / 'report.html').exists):
             say_complete(workdir, start, say)
             return state
         if start:

@@ -7,6 +7,7 @@ are slow, and told.
 `dead_disk`: it is never whole, and a save may take no longer than twice --stall_timeout.
 `lock`: the loader of batch NUMBER hangs in C code that keeps Python's lock (the GIL).
 `report`: it is told when the report is begun, which takes NUMBER seconds longer.
+`files`: process NUMBER does not see the report yet, as on a network file system.
 `imports`: process 1 takes NUMBER seconds more from its joining to its first sign of life.
 """
 
@@ -109,6 +110,15 @@ def slow_report(seconds: int) -> None:
     train_lib.finish = late
 
 
+def slow_files(process: int) -> None:
+    exists = Path.exists
+
+    def exists_here(path: Path, **options: Any) -> bool:
+        return exists(path, **options) and not (path.name == 'report.html' and processes.index() == process)
+
+    Path.exists = exists_here
+
+
 def slow_imports(seconds: int) -> None:
     join = commands._join_job
 
@@ -127,6 +137,7 @@ PLACES = {
     'dead_disk': dead_disk,
     'lock': dead_lock,
     'report': slow_report,
+    'files': slow_files,
     'imports': slow_imports,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -109,6 +110,14 @@ def test_a_signal_while_a_save_is_under_way(
     assert list(checkpoints.glob('*tmp*')) == []
     go_on(launch, processes, step)
     assert_same_bits(workdir, undisturbed)
+
+
+@pytest.mark.slow
+def test_all_processes_know_that_a_run_is_complete(undisturbed: Path, launch: Launch, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / 'run')
+    results = launch(('tests.slow', 'files', '1'), 2).results(120)
+    assert [result.code for result in results] == [0, 0], results
+    assert f'already complete at step {NUM_STEPS}' in results[0].stdout
 
 
 @pytest.mark.slow
