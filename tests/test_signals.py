@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import NUM_STEPS, STEPS_PER_EPOCH, Job, checkpoint_steps, make_tiny_job, read_rows, run_ok
+from tests.conftest import (
+    NUM_STEPS,
+    STEPS_PER_EPOCH,
+    Job,
+    checkpoint_steps,
+    cli,
+    make_tiny_job,
+    read_rows,
+    run_ok,
+)
 from tests.slow import BATCH, REPORT, STEP
 from tests.test_processes import Processes, assert_same_bits, free_port
 
@@ -110,6 +119,56 @@ def test_a_signal_while_a_save_is_under_way(
     assert list(checkpoints.glob('*tmp*')) == []
     go_on(launch, processes, step)
     assert_same_bits(workdir, undisturbed)
+
+
+SLOW = """
+import time
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+
+def wait(_):
+    print('{begun}', flush=True)
+    time.sleep(3.1)
+    return np.float32(0)
+
+
+class Slow(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(10)(x.reshape((x.shape[0], -1)))
+        if train == {train}:
+            zero = jax.pure_callback(wait, jax.ShapeDtypeStruct((), 'float32'), 0, vmap_method='sequential')
+            x = x + jax.lax.stop_gradient(zero)
+        return x
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('train', [True, False], ids=['steps', 'evaluation'])
+def test_a_stop_waits_for_the_step_in_flight_alone_where_steps_take_long(
+    train: bool, data_dir: Path, tmp_path: Path
+) -> None:
+    """Once they are known to: after the fourth step, the second batch of an evaluation."""
+    begun = 'a long one is begun'
+    (tmp_path / 'long_ones.py').write_text(SLOW.format(train=train, begun=begun))
+    more = 'config.checkpoint_every_epochs = 0.0\nconfig.log_every_steps = 1000\nconfig.eval_batch_size = 16'
+    job = make_tiny_job(tmp_path, data_dir, tmp_path, more)
+    flags = ['--config.model=long_ones:Slow', '--config.shards=2']
+    running = Processes(tmp_path / 'job', [cli(*job.train(tmp_path / 'run', *flags))], job.env)
+    try:
+        before = (6 if train else 4) * 2  # each on 2 devices
+        running.wait_until(lambda: running.outputs().count(begun) >= before)
+        running.all[0].send_signal(signal.SIGTERM)
+        [result] = running.results(60)
+    finally:
+        running.close()
+    assert result.code == 75, result
+    assert result.stdout.count(begun) <= before + 2, result
+    steps = checkpoint_steps(tmp_path / 'run')
+    assert steps in ([6], [7]) if train else steps == [STEPS_PER_EPOCH]
 
 
 @pytest.mark.slow
