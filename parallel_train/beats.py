@@ -22,6 +22,7 @@ class Beats:
     def __init__(self) -> None:
         self._process, self._count = processes.index(), processes.count()
         self._heard: dict[int, tuple[str | None, float]] = {}  # process -> its last sign, since when
+        self._given_up: set[int] = set()  # those lost, and those that fell silent with them
         self._forgiven = 0.0  # seconds that count for nobody's silence; times of `_heard` are without them
         # Process 0 watches all; the others watch process 0.
         self._watched = range(self._count) if self._process == 0 else range(1)
@@ -35,18 +36,27 @@ class Beats:
         """Says that this process ends, and that nobody is to wait for it."""
         store.put(f'beat/{self._process}', _GONE, again=True)
 
-    def lost(self, store: Store, now: float, timeout: float) -> str:
-        """Returns in words which process has been silent for longer than `timeout` seconds; '' if none."""
+    def lost(self, store: Store, now: float, timeout: float, start_timeout: float) -> str:
+        """Returns in words which process has been silent for `timeout` seconds; '' if none.
+
+        Less a beat: so much may have passed before its last sign was heard. One that has joined may be slow
+        to import what it needs, as from a network file system: until its first sign it has `start_timeout`.
+        """
         now -= self._forgiven
+        lost = ''
         for process in self._watched:
             beat = store.get(f'beat/{process}')
             if process not in self._heard or beat != self._heard[process][0]:
                 self._heard[process] = (beat, now)
+                self._given_up.discard(process)
             silent = now - self._heard[process][1]
-            if beat != _GONE and silent > timeout:
+            limit = start_timeout if beat is None else timeout
+            if beat != _GONE and silent > limit / 2:
+                self._given_up.add(process)
+            if beat != _GONE and silent > limit - BEAT and not lost:
                 where = f' ({json.loads(beat)[2]})' if beat else ''
-                return f'process {process}{where} is gone or hangs: no sign of life for {silent:.0f} s'
-        return ''
+                lost = f'process {process}{where} is gone or hangs: no sign of life for {silent:.0f} s'
+        return lost
 
     def forgive(self, seconds: float) -> None:
         """Takes the last `seconds` for nobody's silence, as this process did not listen."""
@@ -57,7 +67,8 @@ class Beats:
         return any(store.get(f'beat/{process}') == _GONE for process in range(self._count))
 
     def all_others_left(self, store: Store) -> bool:
-        others = (process for process in range(self._count) if process != self._process)
+        """Whether all have come to their end but those that are lost, for whom nobody is to wait."""
+        others = set(range(self._count)) - {self._process} - self._given_up
         return all(store.get(f'beat/{process}') == _GONE for process in others)
 
     def places(self, store: Store) -> list[Place]:

@@ -19,6 +19,13 @@ class NoData(UserError):
     """A function that stands for a dataset fails, as where its data are not here."""
 
 
+class Late(RuntimeError):
+    """A process of the job did not come or did not answer in time: another start may mend that."""
+
+    exit_code = FAULT
+    on_every_process = False
+
+
 class Diverged(RuntimeError):
     """Loss, gradient or state are no longer finite.
 
@@ -53,4 +60,4 @@ class ReplicasDiffer(RuntimeError):
     on_every_process = True
 
 
-ENDINGS = (UserError, Diverged, DoesNotFit, Preempted, ReplicasDiffer)
+ENDINGS = (UserError, Late, Diverged, DoesNotFit, Preempted, ReplicasDiffer)

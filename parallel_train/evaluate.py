@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,10 +15,11 @@ from jax.sharding import Mesh
 from parallel_train import batches, order
 from parallel_train.dataset import AnySplit, Split
 from parallel_train.mesh import put_whole
+from parallel_train.pace import most_ahead
 from parallel_train.state import TrainState
 from parallel_train.step import make_eval_step
 
-_IN_FLIGHT = 8
+_IN_FLIGHT = 8  # batches on the devices at most; fewer where they take long, so that a stop need not wait
 
 
 class Evaluator:
@@ -54,13 +56,16 @@ class Evaluator:
         """
         variables = state.evaluated()
         sums: list[dict[str, jax.Array]] = []
+        done, ahead, last = 0, 1, time.monotonic()  # batches known to be done; how many more may be under way
         for i, data in enumerate(self._batches()):
             if interrupted():
                 return None
             with first_batch if i == 0 else contextlib.nullcontext():
                 sums.append(self._step(variables['params'], variables['batch_stats'], data, np.int32(i)))
-            if i >= _IN_FLIGHT:  # so many batches are on the devices at most
-                jax.block_until_ready(sums[i - _IN_FLIGHT])
+            while done < len(sums) - ahead:
+                jax.block_until_ready(sums[done])
+                done, now = done + 1, time.monotonic()
+                ahead, last = most_ahead(now - last, _IN_FLIGHT), now
         # Added in float64: the split may be larger than float32 can count.
         fetched = jax.device_get(sums)
         total = {name: float(np.sum(np.array([s[name] for s in fetched], np.float64))) for name in sums[0]}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import faulthandler
 import math
 import os
 import signal
@@ -23,12 +22,14 @@ from typing import Any
 from parallel_train import processes
 from parallel_train.abort import on_abort
 from parallel_train.beats import BEAT, Beats, say_why, why
+from parallel_train.ending import Timer, say, say_stacks
 from parallel_train.errors import FAULT, PREEMPTED, USER_ERROR, UserError
 from parallel_train.signals import Signals
 from parallel_train.store import NoAnswer, Store, answers, open_store
 
 _PERIOD = 0.2  # seconds between two looks
 _SUSPENDED = 4.0  # seconds between two looks that mean that this process was stopped meanwhile
+_LONGER = 6.0  # times --stall_timeout: what a save may take, to a slow disk
 _LAST_WORDS = 3.0  # seconds to tell the others why the job ends, and for them to read it from process 0
 
 
@@ -60,13 +61,16 @@ class Lifeline:
         self._store = open_store('parallel_train/lifeline')
         self._lock = threading.Lock()  # held while the processes agree, so that `tick` waits
         self._ticks, self._moved = 0, time.monotonic()
-        self._started, self._unwatched = False, 0
+        self._started, self._awaits = False, ('no step', 1.0)  # what a stall lacks, times --stall_timeout
         self._due: tuple[int, str] | None = None  # (tick, what)
         self._round, self._told_ticks, self._over = 0, False, False
+        self._nobody_hears = False
+        self._timer = Timer()  # for where `_watch` itself cannot run
         self._signals, self._came, self._asked = Signals(), 0, ''
         self._last_save = self._heard = time.monotonic()
         self._ended = threading.Event()
         self._hooks = contextlib.ExitStack()
+        self.at_signal = 'saves after the step in flight and stops'
         self.completed = 0  # steps that the devices are known to have completed
 
     # ------------------------------------------------------------ for the main thread
@@ -89,15 +93,23 @@ class Lifeline:
         """From now on all processes are to save every so many seconds; 0 for not at all."""
         self._save_every, self._last_save = seconds, time.monotonic()
 
-    @contextlib.contextmanager
-    def unwatched(self) -> Iterator[None]:
+    def unwatched(self) -> contextlib.AbstractContextManager[None]:
         """What may take any time, as a compilation does: not taken for a stall."""
-        self._unwatched += 1
+        return self._awaiting('no end of it', math.inf)
+
+    def longer(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """What may take several times as long as a step, as a save does."""
+        return self._awaiting(f'no end of the {what}', _LONGER)
+
+    @contextlib.contextmanager
+    def _awaiting(self, end: str, times: float) -> Iterator[None]:
+        before, self._awaits = self._awaits, (end, times)
+        self._moved = time.monotonic()
         try:
             yield
         finally:
             self._moved = time.monotonic()
-            self._unwatched -= 1
+            self._awaits = before
 
     def __enter__(self) -> Lifeline:
         self._signals.open()
@@ -118,6 +130,7 @@ class Lifeline:
         self._hooks.close()
         for thread in self._threads:
             thread.join(timeout=5)
+        self._timer.stop()
         self._signals.close()
 
     def _tell_of(self, error: BaseException) -> None:
@@ -136,7 +149,7 @@ class Lifeline:
         self._end_others(f'process {self._process} ({processes.host()}) failed: {first}', code)
         if code == FAULT:
             traceback.print_exception(error)
-        _say(f'error: {first}')
+        say(f'error: {first}')
         self._exit(code)
 
     # ------------------------------------------------------------ signals, and a main thread that is stuck
@@ -158,11 +171,12 @@ class Lifeline:
                     self._settle(self._ticks + 1, self._asked)
             if self._store is not None and now - self._heard > limits.heartbeat_timeout:
                 silent = now - self._heard
+                self._nobody_hears = True  # so there is nobody to take leave of
                 self._end(f'process 0, the coordinator, is gone or hangs: no answer for {silent:.0f} s')
-            still = now - self._moved
-            stuck = self._started and not self._unwatched and still > limits.stall_timeout > 0
-            if stuck:
-                self.fail(f'{self._furthest_behind()} hangs: no step for {still:.0f} s')
+            (lacking, times), still = self._awaits, now - self._moved
+            self._timer.set(times * limits.stall_timeout if self._started else 0)
+            if self._started and still > times * limits.stall_timeout > 0:
+                self.fail(f'{self._furthest_behind()} hangs: {lacking} for {still:.0f} s')
 
     def _furthest_behind(self) -> str:
         """Returns which process has passed the fewest moments: all others may wait for it."""
@@ -176,15 +190,15 @@ class Lifeline:
             self._came += 1
             name = signal.Signals(number).name
             if self._came > 1:
-                _say(f'{name} again: ends at once, without saving')
+                say(f'{name} again: ends at once, without saving')
                 os._exit(128 + number)
             self._asked = 'stop'
-            _say(f'{name}: saves after the step in flight and stops; again: ends at once')
+            say(f'{name}: {self.at_signal}; again: ends at once')
 
     def _settle(self, tick: int, what: str) -> None:
         """All are to do `what` at `tick`."""
         if what == 'stop' and tick == 1:  # no process has made a step: it may compile for long yet
-            _say('stopped before the first step; nothing to save')
+            say('stopped before the first step; nothing to save')
             self._exit(PREEMPTED)
         self._due = (tick, what)
         if what == self._asked:
@@ -212,7 +226,8 @@ class Lifeline:
         if told := why(store):
             message, code = told
             self._end(message, code, stacks=code == FAULT)
-        if lost := self._beats.lost(store, now, self._limits.heartbeat_timeout):
+        limits = self._limits
+        if lost := self._beats.lost(store, now, limits.heartbeat_timeout, limits.start_timeout):
             self.fail(lost)
 
     def _agree(self, store: Store) -> None:
@@ -261,15 +276,13 @@ class Lifeline:
     def _tell(self, words: Callable[[Store], None]) -> bool:
         """Talks to the others once more, if there are any; whether they were heard."""
         store = self._store
-        return store is not None and answers(lambda: words(store), _LAST_WORDS)
+        return store is not None and not self._nobody_hears and answers(lambda: words(store), _LAST_WORDS)
 
     def _end(self, message: str, code: int = FAULT, stacks: bool = True) -> None:
         """Ends this process, telling where it stood."""
         if stacks:
-            _say('the Python stacks of all threads:')
-            with contextlib.suppress(OSError, ValueError, RuntimeError):
-                faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        _say(f'error: {message}; the last completed step known here is {self.completed:,}')
+            say_stacks()
+        say(f'error: {message}; the last completed step known here is {self.completed:,}')
         self._exit(code)
 
     def _exit(self, code: int) -> None:
@@ -283,8 +296,3 @@ class Lifeline:
         self._beats.give_last(store)
         while self._process == 0 and not self._beats.all_others_left(store):
             time.sleep(_PERIOD / 10)
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a full disk or a closed pipe must not stop what follows
-        print(line, file=sys.stderr, flush=True)

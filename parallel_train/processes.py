@@ -6,6 +6,7 @@ The store carries what is said before and beside the collectives; nothing here w
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -16,9 +17,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from parallel_train.cluster import Cluster
-from parallel_train.errors import USER_ERROR, UserError
+from parallel_train.errors import FAULT, Late, UserError
 
 START_TIMEOUT = 300.0  # seconds
+_patience = START_TIMEOUT  # seconds for what the others say, once all have come
 Checked = TypeVar('Checked')
 
 
@@ -26,8 +28,11 @@ def start(cluster: Cluster, heartbeat_timeout: float, timeout: float, say: Calla
     """Joins the job; JAX's backend must not run yet.
 
     Raises:
-      UserError: the coordinator cannot be reached, or not all processes came in time.
+      UserError: what tells of the other processes is incomplete.
+      Late: the coordinator cannot be reached or cannot listen, or not all processes came in time.
     """
+    global _patience
+    _patience = max(START_TIMEOUT, timeout)
     # XLA's warnings of what is done here on purpose; read when JAX is imported.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     import jax
@@ -38,6 +43,8 @@ def start(cluster: Cluster, heartbeat_timeout: float, timeout: float, say: Calla
     where = cluster.coordinator or 'found by JAX'
     if cluster.process_id:
         _await_coordinator(cluster.coordinator, timeout)
+    elif cluster.coordinator:
+        _check_port(cluster.coordinator)
     # JAX ends a process without a word of ours where not all come in time: hence an earlier clock.
     too_late = threading.Timer(timeout, _give_up, [f'{_missing(where)} within {timeout:g} s'])
     too_late.daemon = True
@@ -51,14 +58,20 @@ def start(cluster: Cluster, heartbeat_timeout: float, timeout: float, say: Calla
             coordinator_bind_address=_listen_at(cluster.coordinator),
             initialization_timeout=int(timeout) + 60,
             heartbeat_timeout_seconds=int(max(100, 3 * heartbeat_timeout)),
-            shutdown_timeout_seconds=300,  # process 0 writes the report while the others wait
+            shutdown_timeout_seconds=300,
         )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f'{_missing(where)} ({str(error).strip().splitlines()[0]})') from error
+    except ValueError as error:
+        raise UserError(f'{_missing(where)} ({_first_line(error)})') from error
+    except RuntimeError as error:
+        raise Late(f'{_missing(where)} ({_first_line(error)})') from error
     finally:
         too_late.cancel()
     if is_first():
         say(f'{count()} processes, found by {cluster.found_by}; coordinator {where}')
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _missing(where: str) -> str:
@@ -70,7 +83,7 @@ def _missing(where: str) -> str:
 
 def _give_up(message: str) -> None:
     print(f'error: {message}', file=sys.stderr, flush=True)
-    os._exit(USER_ERROR)
+    os._exit(FAULT)
 
 
 def _listen_at(address: str | None) -> str | None:
@@ -81,6 +94,20 @@ def _listen_at(address: str | None) -> str | None:
     if address and address.rpartition(':')[0] in ('127.0.0.1', 'localhost', '[::1]'):
         return address
     return None
+
+
+def _check_port(address: str) -> None:
+    """Raises Late if another program listens there: JAX's coordinator would end by a segmentation fault."""
+    host, _, port = address.rpartition(':')
+    here = host.strip('[]') if _listen_at(address) else ''
+    family = socket.AF_INET6 if ':' in here else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((here, int(port)))  # without listening: the others wait for somebody who does
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Late(f'coordinator={address}: another program listens there; name another port') from error
 
 
 def _await_coordinator(address: str | None, timeout: float) -> None:
@@ -95,7 +122,7 @@ def _await_coordinator(address: str | None, timeout: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise UserError(
+                raise Late(
                     f'coordinator={address!r}: cannot be reached within {timeout:g} s ({error}); is '
                     'process 0 started, is this its address, and does no firewall stand between?'
                 ) from error
@@ -148,10 +175,13 @@ def host() -> str:
 _shared = 0
 
 
-def share(value: Callable[[], Any], timeout: float = START_TIMEOUT) -> Any:
+def share(value: Callable[[], Any], timeout: float | None = None) -> Any:
     """Returns on every process what `value()` gives on process 0 (as JSON can hold it).
 
     Every process calls it, in the same order.
+
+    Raises:
+      Late: process 0 did not answer in time.
     """
     global _shared
     store = client()
@@ -160,29 +190,31 @@ def share(value: Callable[[], Any], timeout: float = START_TIMEOUT) -> Any:
     key, _shared = f'parallel_train/shared/{_shared}', _shared + 1
     if is_first():
         store.key_value_set(key, json.dumps(value()))
-    return json.loads(store.blocking_key_value_get(key, int(timeout * 1000)))
+    return json.loads(_await(store, key, 0, 'what all are to know', timeout))
 
 
-def gather(topic: str, value: Any, timeout: float = START_TIMEOUT) -> list[Any]:
+def gather(topic: str, value: Any, timeout: float | None = None) -> list[Any]:
     """Returns on every process what each gives for a topic (as JSON can hold it), by their numbers.
 
     Every process calls it, each topic once.
 
     Raises:
-      UserError: names the process that did not answer in time.
+      Late: names the process that did not answer in time.
     """
     store = client()
     if store is None:
         return [value]
     store.key_value_set(f'parallel_train/gather/{topic}/{index()}', json.dumps(value))
-    values = []
-    for process in range(count()):
-        key = f'parallel_train/gather/{topic}/{process}'
-        try:
-            values.append(json.loads(store.blocking_key_value_get(key, int(timeout * 1000))))
-        except Exception as error:  # a time-out, of jaxlib's own kind
-            raise UserError(f'process {process}: did not answer ({topic}) within {timeout:g} s') from error
-    return values
+    keys = [f'parallel_train/gather/{topic}/{process}' for process in range(count())]
+    return [json.loads(_await(store, key, process, topic, timeout)) for process, key in enumerate(keys)]
+
+
+def _await(store: Any, key: str, process: int, topic: str, timeout: float | None) -> str:
+    seconds = _patience if timeout is None else timeout
+    try:
+        return store.blocking_key_value_get(key, int(seconds * 1000))
+    except Exception as error:  # a time-out, of jaxlib's own kind
+        raise Late(f'process {process}: did not answer ({topic}) within {seconds:g} s') from error
 
 
 def agree(
@@ -196,7 +228,8 @@ def agree(
       timeout: seconds to wait for the last process.
 
     Raises:
-      UserError: on every process; names the processes that did not come, or process and field that differ.
+      UserError: on every process; names process and field that differ.
+      Late: on every process; names the processes that did not come.
     """
     store = client()
     if store is None:
@@ -208,20 +241,18 @@ def agree(
         mine = {'error': str(error)}
     store.key_value_set(f'parallel_train/facts/{index()}', json.dumps(mine))
     if is_first():
-        store.key_value_set('parallel_train/verdict', _verdict(store, timeout))
-    try:
-        verdict = store.blocking_key_value_get('parallel_train/verdict', int((timeout + 30) * 1000))
-    except Exception as error:  # of jaxlib's own kind
-        raise UserError(f'process 0: did not say within {timeout:g} s whether all processes agree') from error
-    if verdict:
-        failure = UserError(verdict)
+        store.key_value_set('parallel_train/verdict', json.dumps(_verdict(store, timeout)))
+    verdict = _await(store, 'parallel_train/verdict', 0, 'whether all processes agree', timeout + 30)
+    late, different = json.loads(verdict)
+    if late or different:
+        failure: Late | UserError = Late(late) if late else UserError(different)
         failure.on_every_process = True
         raise failure
     return checked
 
 
-def _verdict(store: Any, timeout: float) -> str:
-    """Returns '' where all processes agree with process 0, else what is wrong."""
+def _verdict(store: Any, timeout: float) -> tuple[str, str]:
+    """Returns who did not come, and else in what the processes differ: twice '' where all agree."""
     deadline = time.monotonic() + timeout
     all_facts, absent = [], []
     for process in range(count()):
@@ -233,8 +264,8 @@ def _verdict(store: Any, timeout: float) -> str:
             absent.append(process)
     if absent:
         names = ', '.join(map(str, absent))
-        return f'process {names}: did not come within {timeout:g} s; see its own output'
-    return differences(all_facts)
+        return f'process {names}: did not come within {timeout:g} s; see its own output', ''
+    return '', differences(all_facts)
 
 
 def differences(all_facts: list[dict[str, Any]]) -> str:

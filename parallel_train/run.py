@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from parallel_train import dataset, processes
@@ -67,6 +68,7 @@ class Run:
 
     def profile(self, state: TrainState) -> None:
         """Begins or ends a trace."""
+        jax.block_until_ready(state)  # a step that never ends is a stall; writing a trace is none
         with self.clock.timed('profile'), self.lifeline.unwatched():
             self.profiler.switch(state, self.step, self.feed.wait_seconds)
         self.restart_interval()

@@ -46,12 +46,14 @@ def open_store(root: str) -> Store | None:
 
 def answers(talk: Callable[[], None], seconds: float) -> bool:
     """Whether the store answered all of `talk` in that time; a network that is cut would never."""
-    done = threading.Event()
+    ended, heard = threading.Event(), [False]
 
     def until_no_answer() -> None:
         with contextlib.suppress(NoAnswer):
             talk()
-            done.set()
+            heard[0] = True
+        ended.set()  # where there is no answer, too: nothing more is to be waited for
 
     threading.Thread(target=until_no_answer, daemon=True).start()
-    return done.wait(seconds)
+    ended.wait(seconds)
+    return heard[0]

@@ -29,6 +29,8 @@ from parallel_train.schedule import create_learning_rate_fn
 from parallel_train.show_plan import plan_table
 from parallel_train.state import TrainState, abstract_state, initialise
 
+_A_DAY = 86_400.0  # seconds; whether process 0 still lives is the lifeline's question
+
 
 def train_and_evaluate(
     config: Any,
@@ -65,9 +67,7 @@ def train_and_evaluate(
     profiled = profiling.parse(profile_steps)
     workdir, data_dir = opened('workdir', workdir), dataset.default_data_dir(data_dir)
     say = print_flushed if processes.is_first() else say_nothing
-    with contextlib.ExitStack() as stack:
-        lifeline = stack.enter_context(Lifeline(limits))
-
+    with Lifeline(limits) as lifeline, contextlib.ExitStack() as stack:
         # What will happen, and may it? Nothing is written before every process knows that it may.
         job = processes.agree(
             lambda: check_job(config, workdir, data_dir, devices, allow_plan_change),
@@ -97,7 +97,8 @@ def train_and_evaluate(
         state = starting_state(job.config, plan, mesh, checkpoints, skip_nonfinite)
         start = int(state.step)
         say(plan_table(plan, job.config, job.sizes.source))  # nothing is refused any more
-        if start == plan.num_steps and (workdir / 'report.html').exists():
+        # Of process 0, as another may not see yet what a network file system was given.
+        if start == plan.num_steps and processes.share((workdir / 'report.html').exists):
             say_complete(workdir, start, say)
             return state
         if start:
@@ -123,8 +124,17 @@ def train_and_evaluate(
         clock.add('data wait', run.feed.wait_seconds)
         with clock.timed('save'):
             save_for_good(state, run)
-    if processes.is_first():
-        finish(workdir, job.config, plan, run.log.rows, state, job.eval_split, clock, run.recorder)
+        stack.close()
+
+        # What came of it. The others wait for process 0, so that a signal ends none of them before it.
+        lifeline.at_signal = 'ends once the report is written'
+        with lifeline.longer('report'):
+            processes.share(
+                lambda: finish(
+                    workdir, job.config, plan, run.log.rows, state, job.eval_split, clock, run.recorder
+                ),
+                timeout=_A_DAY,
+            )
         run.profiler.tell(say)
     return state
 
@@ -212,23 +222,30 @@ def save(state: TrainState, run: Run) -> None:
     run.save_asked = False
     if run.checkpoints.latest_step() == run.step:
         return
+    jax.block_until_ready(state)  # a step that never ends is a stall, also before the first save
     with run.compiling('checks of the state'):
         good = run.recorder.sync(state)
         if good:
             run.replicas.check(state, run.step)
             fingerprints = run.replicas.settle()
     if good:
-        with run.clock.timed('save'):
+        with run.clock.timed('save'), run.lifeline.longer('save'):
             run.checkpoints.save(run.step, state, fingerprints)
     run.restart_interval()
 
 
 def save_for_good(state: TrainState, run: Run) -> None:
     """Returns once the state is on disk; a disk that did not take it gets a second chance."""
-    if not run.checkpoints.wait() or run.checkpoints.latest_step() != run.step:
+    if not is_saved(run):
         save(state, run)
-        if not run.checkpoints.wait() or run.checkpoints.latest_step() != run.step:
+        if not is_saved(run):
             raise OSError(f'the checkpoint of step {run.step} could not be written; see the warnings above')
+
+
+def is_saved(run: Run) -> bool:
+    """Waits for the save under way; whether the state of this step is on disk then."""
+    with run.lifeline.longer('save'):
+        return run.checkpoints.wait() and run.checkpoints.latest_step() == run.step
 
 
 def stop(state: TrainState, run: Run) -> NoReturn:
@@ -253,8 +270,10 @@ def explain(error: Diverged, state: TrainState, run: Run) -> str:
     """Returns the message of a run that diverged: what, where, and what to do."""
     where = ''
     with run.lifeline.unwatched():
-        if error.frozen and processes.is_first():
-            where = f'; {diagnose(state, run.config, run.plan, run.train_split)}'
+        if error.frozen:  # told by all, for a launcher may show any one's last words
+            where = '; ' + processes.share(
+                lambda: diagnose(state, run.config, run.plan, run.train_split), timeout=_A_DAY
+            )
         run.checkpoints.wait()
     last = run.checkpoints.latest_step()
     stands = f'the checkpoint of step {last} stands' if last else 'no checkpoint was made yet'

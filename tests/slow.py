@@ -1,12 +1,20 @@
-"""The command line, slow in one place: `python -m tests.slow evaluation|save STEP train ...`.
+"""The command line, slow in one place: `python -m tests.slow PLACE NUMBER train ...`. The places:
 
-`evaluation`: each batch of the evaluation after STEP steps is told, and comes a tenth of a second late.
-`save`: the checkpoint of STEP steps is not whole before the run has begun to stop; until then steps
+`evaluation`: each batch of the evaluation after NUMBER steps is told, and comes a tenth of a second late.
+`save`: the checkpoint of NUMBER steps is not whole before the run has begun to stop; until then steps
 are slow, and told.
+`disk`: the checkpoint of the first NUMBER steps takes 20 seconds.
+`dead_disk`: it is never whole, and a save may take no longer than twice --stall_timeout.
+`lock`: the loader of batch NUMBER hangs in C code that keeps Python's lock (the GIL).
+`report`: it is told when the report is begun, which takes NUMBER seconds longer.
+`files`: process NUMBER does not see the report yet, as on a network file system.
+`imports`: process 1 takes NUMBER seconds more from its joining to its first sign of life.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import os
 import sys
 import threading
@@ -15,14 +23,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parallel_train import cli, evaluate
+from parallel_train import batches, cli, commands, ending, evaluate, lifeline, processes
 from parallel_train import train as train_lib
 
 BATCH, STEP = 'a batch of the evaluation', 'a step while the checkpoint is not whole'
+REPORT = 'the report is begun'
 
 
 def slow_evaluation(step: int) -> None:
-    do_what_is_due, batches = train_lib.do_what_is_due, evaluate.Evaluator._batches
+    do_what_is_due, batches_of = train_lib.do_what_is_due, evaluate.Evaluator._batches
     now = 0
 
     def noting_the_step(state: Any, run: Any) -> Any:
@@ -31,7 +40,7 @@ def slow_evaluation(step: int) -> None:
         return do_what_is_due(state, run)
 
     def late(evaluator: evaluate.Evaluator) -> Iterator[Any]:
-        for data in batches(evaluator):
+        for data in batches_of(evaluator):
             if now == step:
                 print(BATCH, flush=True)
                 time.sleep(0.1)
@@ -62,8 +71,79 @@ def slow_save(step: int) -> None:
     train_lib.do_what_is_due, train_lib.stop, os.rename = slow_steps, stopping, held
 
 
+def slow_disk(step: int, seconds: float = 20.0) -> None:
+    rename = os.rename
+
+    def late(source: Any, target: Any, **options: Any) -> None:
+        if Path(target).name == str(step):
+            time.sleep(seconds)
+        rename(source, target, **options)
+
+    os.rename = late
+
+
+def dead_disk(step: int) -> None:
+    lifeline._LONGER = 2.0
+    slow_disk(step, 10_000.0)
+
+
+def dead_lock(batch: int) -> None:
+    ending._MARGIN = 4.0
+    gather, calls = batches.gather, itertools.count()
+
+    def gather_or_keep_the_lock(*args: Any, **options: Any) -> Any:
+        if next(calls) == batch:
+            ctypes.PyDLL(None).sleep(10_000)
+        return gather(*args, **options)
+
+    batches.gather = gather_or_keep_the_lock
+
+
+def slow_report(seconds: int) -> None:
+    finish = train_lib.finish
+
+    def late(*args: Any) -> None:
+        print(REPORT, flush=True)
+        time.sleep(seconds)
+        finish(*args)
+
+    train_lib.finish = late
+
+
+def slow_files(process: int) -> None:
+    exists = Path.exists
+
+    def exists_here(path: Path, **options: Any) -> bool:
+        return exists(path, **options) and not (path.name == 'report.html' and processes.index() == process)
+
+    Path.exists = exists_here
+
+
+def slow_imports(seconds: int) -> None:
+    join = commands._join_job
+
+    def join_and_import(values: Any) -> Any:
+        limits = join(values)
+        time.sleep(seconds if processes.index() == 1 else 0)
+        return limits
+
+    commands._join_job = join_and_import
+
+
+PLACES = {
+    'evaluation': slow_evaluation,
+    'save': slow_save,
+    'disk': slow_disk,
+    'dead_disk': dead_disk,
+    'lock': dead_lock,
+    'report': slow_report,
+    'files': slow_files,
+    'imports': slow_imports,
+}
+
+
 def main() -> int:
-    {'evaluation': slow_evaluation, 'save': slow_save}[sys.argv[1]](int(sys.argv[2]))
+    PLACES[sys.argv[1]](int(sys.argv[2]))
     return cli.main(['parallel_train', *sys.argv[3:]])
 
 

@@ -21,8 +21,9 @@ from parallel_train.plan import make_plan
 from parallel_train.schedule import create_learning_rate_fn
 from parallel_train.state import initialise
 from parallel_train.step import make_train_step
-from tests.conftest import checkpoint_steps, read_rows, restore, run_cli, without_timing
+from tests.conftest import Result, checkpoint_steps, cli, environment, read_rows, restore, without_timing
 from tests.faulty_models import BAD, BAD_STEPS, BATCH, EPOCH, EXAMPLES, job, marked_noise
+from tests.test_processes import Processes, free_port
 
 start_devices(8)
 
@@ -68,20 +69,34 @@ def read_rows_or_none(workdir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_exit_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize('processes', [1, 2])
+def test_exit_code(processes: int, tmp_path: Path) -> None:
+    """And what every process says: a launcher may show the last words of any."""
     recipe = tmp_path / 'recipe.py'
     recipe.write_text(
         'from tests.faulty_models import job\n\ndef get_config():\n    from parallel_train import config\n'
         "    return config.complete(job('bad_value'))\n"
     )
     train = ['train', f'--config={recipe}', f'--workdir={tmp_path / "run"}', '--devices=2']
-    result = run_cli(*train)
-    assert result.code == 3, result
-    last = result.stderr.splitlines()[-1]
-    assert re.match(r'error: training diverged: .*; step 6 \(rate .*, for examples ' + str(BAD), last)
-    result = run_cli(*train, '--skip_nonfinite=3')  # and it goes on from the checkpoint
-    assert result.code == 0 and 'resuming from step 4' in result.stdout, result
-    assert 'warning: 3 of at most 3 steps skipped' in result.stdout + result.stderr
+    for result in run_in(processes, train, tmp_path / 'first'):
+        assert result.code == 3, result
+        last = result.stderr.splitlines()[-1]
+        assert re.match(r'error: training diverged: .*; step 6 \(rate .*, for examples ' + str(BAD), last)
+    # And it goes on from the checkpoint.
+    results = run_in(processes, [*train, '--skip_nonfinite=3'], tmp_path / 'second')
+    assert [result.code for result in results] == [0] * processes, results
+    assert 'resuming from step 4' in results[0].stdout
+    assert 'warning: 3 of at most 3 steps skipped' in results[0].stdout + results[0].stderr
+
+
+def run_in(processes: int, line: list[str], folder: Path) -> list[Result]:
+    where = [f'--coordinator=127.0.0.1:{free_port()}', f'--num_processes={processes}'] * (processes > 1)
+    numbers = [[f'--process_id={i}'] * (processes > 1) for i in range(processes)]
+    started = Processes(folder, [cli(*line, *where, *number) for number in numbers], environment())
+    try:
+        return started.results()
+    finally:
+        started.close()
 
 
 # ---------------------------------------------------------------- steps that are skipped

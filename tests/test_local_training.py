@@ -157,6 +157,18 @@ def test_a_loader_that_hangs_is_started_again(
 
 
 @pytest.mark.slow
+def test_a_port_that_is_taken_before_process_0_binds_it_is_a_reason_to_start_again(
+    tree_job: Job, supervise: Start, tmp_path: Path
+) -> None:
+    taking = ['tests.once', str(tmp_path), 'tests.taken_port', '-', '-']
+    result = supervise(tree_job, tmp_path / 'run', restarts=1, program=taking).result()
+    assert result.code == 0, result
+    assert 'another program listens there' in result.stderr, result
+    assert '[local] process 0 ended with exit code 1; starting again: 0 restarts left' in result.stderr
+    assert result.stdout.count('found by flags') == 1
+
+
+@pytest.mark.slow
 def test_a_coordinator_that_hangs_is_ended_and_the_job_started_again(
     tree_job: Job, alone: Path, supervise: Start, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""A loader that hangs, from the first batch on or later: noticed, and its process named by all."""
+"""A loader or a disk that hangs is noticed, and its process named by all; a disk that is slow is no fault."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Job
+from tests.conftest import NUM_STEPS, Job, Result, checkpoint_steps
 from tests.test_processes import Processes, free_port
 
 
@@ -16,22 +16,56 @@ from tests.test_processes import Processes, free_port
 def test_a_loader_that_hangs_is_noticed(processes: int, batch: int, job: Job, tmp_path: Path) -> None:
     culprit = processes - 1
     flags = ['--config.data_placement=host', '--stall_timeout=8', '--heartbeat_timeout=30']
-    if processes > 1:
-        flags += [f'--num_processes={processes}', f'--coordinator=127.0.0.1:{free_port()}']
     train = job.train(tmp_path / 'run', *flags, devices=2)
-    commands = [
-        [sys.executable, '-m', 'tests.stuck_loader', str(batch), str(culprit), *map(str, train)]
-        + ([f'--process_id={i}'] if processes > 1 else [])
-        for i in range(processes)
-    ]
-    started = Processes(tmp_path / 'job', commands, job.env)
-    try:
-        results = started.results(120)
-    finally:
-        started.close()
+    line = [sys.executable, '-m', 'tests.stuck_loader', str(batch), str(culprit), *map(str, train)]
+    results = run_all(line, processes, job, tmp_path)
     for result in results:
         assert result.code == 1, result
         last = result.stderr.splitlines()[-1]
         assert last.startswith(f'error: process {culprit} ') and 'hangs: no step for' in last, result
         assert 'last completed step' in last
     assert 'in sleep_in_loader' in results[culprit].stderr  # the stacks of all threads
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_save_may_take_longer_than_a_step(processes: int, job: Job, tmp_path: Path) -> None:
+    for result in run_slow('disk', processes, job, tmp_path):
+        assert result.code == 0, result
+    assert max(checkpoint_steps(tmp_path / 'run')) == NUM_STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_save_that_never_ends_is_noticed(processes: int, job: Job, tmp_path: Path) -> None:
+    for result in run_slow('dead_disk', processes, job, tmp_path):
+        assert result.code == 1, result
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith('error: process 0 ') and 'hangs: no end of the save for' in last, result
+
+
+@pytest.mark.slow
+def test_a_loader_that_hangs_with_pythons_lock_is_noticed(job: Job, tmp_path: Path) -> None:
+    """No thread of Python runs any more: nothing is said but the stacks."""
+    train = job.train(tmp_path / 'run', '--config.data_placement=host', '--stall_timeout=6', devices=2)
+    line = [sys.executable, '-m', 'tests.slow', 'lock', '30', *map(str, train)]
+    [result] = run_all(line, 1, job, tmp_path)
+    assert result.code == 1 and 'Timeout (' in result.stderr, result
+    assert 'in gather_or_keep_the_lock' in result.stderr
+
+
+def run_slow(place: str, processes: int, job: Job, tmp_path: Path) -> list[Result]:
+    """Runs the job with steps that may take 8 seconds, and a disk on which the first save takes longer."""
+    train = job.train(tmp_path / 'run', '--stall_timeout=8', devices=2)
+    line = [sys.executable, '-m', 'tests.slow', place, '6', *map(str, train)]
+    return run_all(line, processes, job, tmp_path)
+
+
+def run_all(line: list[str], processes: int, job: Job, tmp_path: Path) -> list[Result]:
+    where = [f'--num_processes={processes}', f'--coordinator=127.0.0.1:{free_port()}'] * (processes > 1)
+    numbers = [[f'--process_id={i}'] * (processes > 1) for i in range(processes)]
+    started = Processes(tmp_path / 'job', [[*line, *where, *number] for number in numbers], job.env)
+    try:
+        return started.results(120)
+    finally:
+        started.close()
