@@ -21,6 +21,7 @@ from parallel_train.reduce import DATA_AXIS
 # results, so it does not follow the number of devices of a process as long as that is at most half of it.
 MIN_CPU_THREADS = 16
 MAX_CPU_DEVICES = 1024  # each takes two threads
+_SAME_BITS_ON_GPUS = '--xla_gpu_deterministic_ops=true'
 
 
 def start_devices(cpu_devices: int, same_bits: bool = False) -> None:
@@ -53,6 +54,7 @@ def start_devices(cpu_devices: int, same_bits: bool = False) -> None:
         if jax.default_backend() == 'cpu':
             _check_running_cpu_client(cpu_devices, same_bits)
             keep_freed_memory()
+        _check_gpu_flags(same_bits)
         return
     here = cpu_devices // processes.count()
     jax.config.update('jax_num_cpu_devices', here)
@@ -60,6 +62,18 @@ def start_devices(cpu_devices: int, same_bits: bool = False) -> None:
     os.environ['NPROC'] = str(threads if same_bits else max(_default_threads(), threads))
     if jax.default_backend() == 'cpu':  # which starts it
         keep_freed_memory()
+    _check_gpu_flags(same_bits)
+
+
+def _check_gpu_flags(same_bits: bool) -> None:
+    """Warns where two runs would not have the same bits: kernels add in the order in which threads arrive."""
+    flags = os.environ.get('XLA_FLAGS', '')
+    if same_bits and jax.default_backend() == 'gpu' and _SAME_BITS_ON_GPUS not in flags:
+        warnings.warn(
+            "reduction='tree': on GPUs no two runs have the same bits without "
+            f'XLA_FLAGS={_SAME_BITS_ON_GPUS} in the environment',
+            stacklevel=3,
+        )
 
 
 def _default_threads() -> int:

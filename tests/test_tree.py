@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import jax
@@ -93,3 +94,14 @@ def test_shards_must_be_a_power_of_two(shards: int) -> None:
     config = make_config('linear', reduction='tree', shards=shards, batch_size=96)
     with pytest.raises(UserError, match=f'config.shards={shards}: must be a power of two'):
         make_plan(config, 96, 96, 4)
+
+
+def test_gpus_without_deterministic_kernels_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_autotune_level=2')
+    with pytest.warns(UserWarning, match='--xla_gpu_deterministic_ops=true'):
+        start_devices(8, same_bits=True)
+    with warnings.catch_warnings(action='error'):
+        start_devices(8)
+        monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_deterministic_ops=true')
+        start_devices(8, same_bits=True)
