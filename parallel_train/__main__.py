@@ -3,6 +3,7 @@
 import sys
 
 from parallel_train.cli import main
+from parallel_train.ending import leave
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv))
+    leave(main(sys.argv))

@@ -59,8 +59,11 @@ def open_checkpoints(
     checkpoints = Checkpoints(workdir, keep, read_only, say, snapshots)
     try:
         yield checkpoints
-    finally:
-        checkpoints.close()
+    except BaseException:
+        with contextlib.suppress(Exception):  # that of a save is not why the run ends
+            checkpoints.close()
+        raise
+    checkpoints.close()
 
 
 class Checkpoints:

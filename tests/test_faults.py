@@ -407,6 +407,9 @@ def test_a_disk_that_stays_full_ends_several_processes_with_an_error(
     assert_same_end(workdir, slow_tree)
 
 
+BUFFERED = {'PYTHONUNBUFFERED': ''}  # as Python is by itself
+
+
 @pytest.mark.parametrize('streams', [('stdout',), ('stdout', 'stderr')], ids=' and '.join)
 def test_a_log_on_a_full_disk_costs_lines_alone(
     streams: tuple[str, ...], tiny_job: Job, undisturbed: Path, tmp_path: Path
@@ -415,7 +418,12 @@ def test_a_log_on_a_full_disk_costs_lines_alone(
     with open('/dev/full', 'w') as full:
         where = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE} | dict.fromkeys(streams, full)
         done = subprocess.run(
-            cli(*tiny_job.train(workdir)), cwd=ROOT, env=tiny_job.env, text=True, check=False, **where
+            cli(*tiny_job.train(workdir)),
+            cwd=ROOT,
+            env=tiny_job.env | BUFFERED,
+            text=True,
+            check=False,
+            **where,
         )
     assert done.returncode == 0, done.stderr
     assert_same_run(workdir, undisturbed)
@@ -428,7 +436,7 @@ def test_a_log_on_a_full_disk_costs_lines_alone(
 def test_the_exit_code_is_told_where_nothing_can_be_said(line: list[str], code: int, tmp_path: Path) -> None:
     with open('/dev/full', 'w') as full:
         done = subprocess.run(
-            cli(*line), cwd=tmp_path, env=environment(), stdout=full, stderr=full, check=False
+            cli(*line), cwd=tmp_path, env=environment() | BUFFERED, stdout=full, stderr=full, check=False
         )
     assert done.returncode == code
 
@@ -436,8 +444,10 @@ def test_the_exit_code_is_told_where_nothing_can_be_said(line: list[str], code: 
 def test_a_result_that_cannot_be_printed_is_an_error(tmp_path: Path) -> None:
     """Of a command that gives nothing else."""
     with open('/dev/full', 'w') as full:
-        done = subprocess.run(cli('--help'), cwd=tmp_path, env=environment(), stdout=full, check=False)
-    assert done.returncode != 0
+        done = subprocess.run(
+            cli('--help'), cwd=tmp_path, env=environment() | BUFFERED, stdout=full, check=False
+        )
+    assert done.returncode == 1
 
 
 # ---------------------------------------------------------------- the folder goes, the clock jumps
@@ -462,6 +472,25 @@ def test_a_workdir_that_is_removed_ends_the_run(slow_job: Job, tmp_path: Path) -
         *slow_job.train(workdir, '--config.num_epochs=6', '--allow_plan_change'), env=slow_job.env
     )
     assert 'resuming from step' in result.stdout
+
+
+@pytest.mark.slow
+def test_a_save_whose_folder_cannot_be_made_holds_nothing_up(slow_job: Job, tmp_path: Path) -> None:
+    """Orbax's threads wait for the folder for ten minutes, and Python for Orbax's threads."""
+    workdir = tmp_path / 'run'
+    job = Processes(tmp_path / 'job', [cli(*slow_job.train(workdir))], slow_job.env)
+    try:
+        job.wait_until(lambda: max(checkpoint_steps(workdir), default=0) >= 30)
+        (workdir / 'checkpoints').rename(tmp_path / 'elsewhere')
+        (workdir / 'checkpoints').write_text('')  # now there is nowhere to make one
+        [result] = job.results(seconds=60)
+    finally:
+        job.close()
+    assert result.code == 1, result
+    assert 'could not be written' in result.stdout, result
+    (workdir / 'checkpoints').unlink()
+    (tmp_path / 'elsewhere').rename(workdir / 'checkpoints')
+    assert 'resuming from step' in run_ok(*slow_job.train(workdir), env=slow_job.env).stdout
 
 
 # Python runs this first, where it is the first `sitecustomize`: the time of day, as every library of the run

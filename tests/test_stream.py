@@ -301,7 +301,7 @@ def test_an_image_whose_header_is_refused_is_corrupt_and_told_why() -> None:
     text, file = PngInfo(), io.BytesIO()
     text.add_text('comment', 'x' * 2**21, zip=True)  # more than Pillow unpacks
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file, 'png', pnginfo=text)
-    decoder, record = Decoder(View(4, 1.0)), record_of(file.getvalue())
+    decoder, record = Decoder(View(4, 1.0), at_once=1), record_of(file.getvalue())
     with pytest.raises(Corrupt):
         decoder([record], np.array([0]), 0)
     label, file_name, reason = decoder.explain(record)
@@ -327,7 +327,7 @@ def test_pixels_are_those_of_an_independent_decoder(kind: str, form: str, factor
     smooth = Image.fromarray(picture(1, 40, 48, np.random.default_rng(0))).resize((96 * factor, 80 * factor))
     data = encoded(np.asarray(smooth), kind, form)
     record = record_of(data)
-    images, labels = Decoder(View(64, 0.8))([record], np.array([0]), 0)
+    images, labels = Decoder(View(64, 0.8), at_once=2)([record], np.array([0]), 0)
     assert labels.tolist() == [7]
     with Image.open(io.BytesIO(data)) as image:
         side = 64 * factor
