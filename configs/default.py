@@ -56,6 +56,7 @@ def get_config() -> config_dict.ConfigDict:
     # How long, in how large steps.
     config.batch_size = 128  # GLOBAL: examples in one optimizer step, over all devices
     config.eval_batch_size = 1000  # anything positive: the last batch is padded
+    config.eval_flip = False  # predict by the mean of the logits of each image and its mirror image
     config.num_epochs = 10.0
     config.accumulation_steps = 1  # turns in which a device computes its part of one batch
     # The batch is `shards` equal parts. BatchNorm statistics and dropout keys belong to a shard, so with
@@ -105,6 +106,7 @@ def get_config() -> config_dict.ConfigDict:
     # Augmentation on the device, a function of (seed, epoch, example).
     config.random_crop_padding = 0  # pixels of zeros around the image before a random crop; 0: no crop
     config.random_flip = False  # mirror left to right with probability 1/2
+    config.alternating_flip = False  # instead: by chance in the first epoch, then in every other one
     config.randaugment_layers = 0  # RandAugment's N, operations on each image; 0: none
     config.randaugment_magnitude = 9.0  # its M; 10 is AutoAugment's largest
     config.cutout_size = 0  # side of a square in pixels that gets the image's mean; 0: none
