@@ -65,11 +65,10 @@ def choose_devices(
     Raises:
       UserError: there are not as many as asked for.
     """
-    same_bits = config.reduction == 'tree'
     if asked is not None:
         if asked < 1:
             raise UserError(f'devices={asked}: must be at least 1')
-        start_devices(asked, same_bits)
+        start_devices(asked, tree_shards(config))
         return make_mesh(asked).size
     if processes.count() > 1:
         return _of_all_processes(config)
@@ -80,7 +79,7 @@ def choose_devices(
         fitting = [count for count in fitting if count <= most] or [1]
     known = remembered(config, sizes)
     count = fitting[0] if len(fitting) == 1 else known if known in fitting else None
-    start_devices(count or max(fitting), same_bits)
+    start_devices(count or max(fitting), tree_shards(config))
     if jax.default_backend() != 'cpu':
         return len(jax.devices())
     if count:
@@ -92,10 +91,15 @@ def choose_devices(
     return count
 
 
+def tree_shards(config: Any) -> int:
+    """Returns what `start_devices` is to know of the config."""
+    return int(config.shards) if config.reduction == 'tree' else 0
+
+
 def _of_all_processes(config: Any) -> int:
     """Starts the backend of one process of several; on CPU with a device a core, where that fits."""
     fitting = (n for n in range(1, machine.cores() + 1) if _fits(config, n * processes.count()))
-    start_devices(processes.count() * max(fitting, default=1), config.reduction == 'tree')
+    start_devices(processes.count() * max(fitting, default=1), tree_shards(config))
     return len(jax.devices())
 
 

@@ -18,13 +18,13 @@ from parallel_train.machine import cores, keep_freed_memory
 from parallel_train.reduce import DATA_AXIS
 
 # Threads in the pool of XLA's CPU client, at least. The size of the pool changes the last bits of some
-# results, so it does not follow the number of devices of a process as long as that is at most half of it.
+# results, so with reduction='tree' it follows neither cores nor devices: it is that of a device a shard.
 MIN_CPU_THREADS = 16
 MAX_CPU_DEVICES = 1024  # each takes two threads
 _SAME_BITS_ON_GPUS = '--xla_gpu_deterministic_ops=true'
 
 
-def start_devices(cpu_devices: int, same_bits: bool = False) -> None:
+def start_devices(cpu_devices: int, tree_shards: int = 0) -> None:
     """Starts JAX's backend, with `cpu_devices` XLA devices in all processes if that is the CPU.
 
     On CPU the pool of XLA's client is given two threads or more a device. It runs each device's program
@@ -37,7 +37,8 @@ def start_devices(cpu_devices: int, same_bits: bool = False) -> None:
 
     Args:
       cpu_devices: over all processes.
-      same_bits: let the pool's size, which changes last bits, not follow the number of cores.
+      tree_shards: of the config, with reduction='tree'; 0 without, where the pool's size may follow the
+        number of cores and devices.
 
     Raises:
       UserError: the backend runs already, on the CPU, with fewer devices or a pool that can hang; or the
@@ -52,23 +53,27 @@ def start_devices(cpu_devices: int, same_bits: bool = False) -> None:
         )
     if backend_runs():
         if jax.default_backend() == 'cpu':
-            _check_running_cpu_client(cpu_devices, same_bits)
+            _check_running_cpu_client(cpu_devices, tree_shards)
             keep_freed_memory()
-        _check_gpu_flags(same_bits)
+        _check_gpu_flags(tree_shards)
         return
     here = cpu_devices // processes.count()
     jax.config.update('jax_num_cpu_devices', here)
-    threads = max(MIN_CPU_THREADS, 2 * here)
-    os.environ['NPROC'] = str(threads if same_bits else max(_default_threads(), threads))
+    os.environ['NPROC'] = str(_threads(here, tree_shards))
     if jax.default_backend() == 'cpu':  # which starts it
         keep_freed_memory()
-    _check_gpu_flags(same_bits)
+    _check_gpu_flags(tree_shards)
 
 
-def _check_gpu_flags(same_bits: bool) -> None:
+def _threads(devices_here: int, tree_shards: int) -> int:
+    least = max(MIN_CPU_THREADS, 2 * devices_here)
+    return max(least, 2 * tree_shards if tree_shards else _default_threads())
+
+
+def _check_gpu_flags(tree_shards: int) -> None:
     """Warns where two runs would not have the same bits: kernels add in the order in which threads arrive."""
     flags = os.environ.get('XLA_FLAGS', '')
-    if same_bits and jax.default_backend() == 'gpu' and _SAME_BITS_ON_GPUS not in flags:
+    if tree_shards and jax.default_backend() == 'gpu' and _SAME_BITS_ON_GPUS not in flags:
         warnings.warn(
             "reduction='tree': on GPUs no two runs have the same bits without "
             f'XLA_FLAGS={_SAME_BITS_ON_GPUS} in the environment',
@@ -98,7 +103,7 @@ def usable_cpu_devices() -> int:
     return max(1, min(len(jax.devices()), _default_threads() // 2))
 
 
-def _check_running_cpu_client(cpu_devices: int, same_bits: bool) -> None:
+def _check_running_cpu_client(cpu_devices: int, tree_shards: int) -> None:
     if len(jax.devices()) < cpu_devices:
         raise UserError(
             f'devices={cpu_devices}: JAX runs already with {len(jax.devices())} CPU devices; call '
@@ -111,10 +116,10 @@ def _check_running_cpu_client(cpu_devices: int, same_bits: bool) -> None:
             f'with fewer than {2 * cpu_devices}; call parallel_train.start_devices({cpu_devices}) '
             f'before anything else uses JAX, or set NPROC={2 * cpu_devices} in the environment'
         )
-    if same_bits and threads != max(MIN_CPU_THREADS, 2 * cpu_devices):
+    if tree_shards and threads != _threads(cpu_devices, tree_shards):
         warnings.warn(
             f"reduction='tree': JAX runs already with a pool of {threads} threads: the bits will be those of "
-            f'runs with as many; call parallel_train.start_devices({cpu_devices}, same_bits=True) before '
+            f'runs with as many; call parallel_train.start_devices({cpu_devices}, {tree_shards}) before '
             'anything else uses JAX',
             stacklevel=3,
         )

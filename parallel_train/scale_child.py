@@ -107,6 +107,7 @@ class Bench:
     def __init__(self, config: Any, data_dir: Path, num_devices: int, steps: int):
         from parallel_train import dataset
         from parallel_train.batches import make_feed
+        from parallel_train.devices import tree_shards
         from parallel_train.mesh import is_cpu, make_mesh, start_devices
         from parallel_train.plan import make_plan
         from parallel_train.schedule import create_learning_rate_fn
@@ -114,7 +115,7 @@ class Bench:
         from parallel_train.state import initialise
         from parallel_train.step import make_train_step
 
-        start_devices(num_devices, config.reduction == 'tree')
+        start_devices(num_devices, tree_shards(config))
         import jax
         import jax.numpy as jnp
 

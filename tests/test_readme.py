@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -40,25 +41,39 @@ def test_commands_of_the_readme(tmp_path: Path, data_dir: Path) -> None:
             (tmp_path / name[1]).write_text(block)
         else:
             programs.append(block)
-    ran, digests = [], list[str]()
+    ran = []
     for command in commands():
         flags = [f'--data_dir={data_dir}']
         if command[0] == 'train':
             own_devices = any(flag.startswith('--devices=') for flag in command)
             flags += QUICK.split() + ([] if own_devices else ['--devices=2'])
-        said = run_ok(*command, *flags, cwd=tmp_path).stdout
-        if '--config.reduction=tree' in command:
-            digests += re.findall(r'^sha256 of the parameters: (\w{64})$', said, re.MULTILINE)
+        run_ok(*command, *flags, cwd=tmp_path)
         ran.append(command[0])
     assert ran.count('train') >= 3 and {'plan', 'evaluate'} <= set(ran)
-    [one, eight] = digests  # of 1 device and of 8: "print the same `sha256 of the parameters`"
-    assert one == eight
     [program] = programs
     done = subprocess.run(
         [sys.executable, '-c', program + '\nprint(logits.shape)'],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == '(1, 10)', done.stderr
+
+
+def test_the_same_bits_as_the_readme_shows_them(tmp_path: Path, data_dir: Path) -> None:
+    """In a shell, on the small set."""
+    [loop] = re.findall(r'^    (for n in 1 8; do .*; done)$', README, re.MULTILINE)
+    shutil.copytree(ROOT / 'configs', tmp_path / 'configs')
+    assert ' python -m parallel_train train ' in loop
+    flags = f'--config.batch_size=64 --config.num_epochs=0.3 --data_dir={shlex.quote(str(data_dir))}'
+    loop = loop.replace(' python ', f' {shlex.quote(sys.executable)} ').replace(
+        '--config.num_epochs=0.1', flags
+    )
+    done = subprocess.run(
+        ['bash', '-c', loop], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    one, eight = re.findall(r'^sha256 of the parameters: (\w{64})$', done.stdout, re.MULTILINE)
+    assert one == eight, done
+    plans = [json.loads((tmp_path / f'runs/tree_{n}/plan.json').read_text()) for n in (1, 8)]
+    assert [plan['num_devices'] for plan in plans] == [1, 8]
 
 
 def test_links_of_the_readme_and_docs() -> None:

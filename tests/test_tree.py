@@ -102,8 +102,8 @@ def test_gpus_without_deterministic_kernels_are_warned_of(monkeypatch: pytest.Mo
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_autotune_level=2')
     with pytest.warns(UserWarning, match='--xla_gpu_deterministic_ops=true'):
-        start_devices(8, same_bits=True)
+        start_devices(8, tree_shards=8)
     with warnings.catch_warnings(action='error'):
         start_devices(8)
         monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_deterministic_ops=true')
-        start_devices(8, same_bits=True)
+        start_devices(8, tree_shards=8)
