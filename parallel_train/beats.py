@@ -13,7 +13,7 @@ from parallel_train.store import Store
 BEAT = 1.0  # seconds between two signs of life
 _GONE = 'gone'  # the last sign of life of a process that has ended well
 
-Place = tuple[int, int, str]  # moments passed, process, its host
+Place = tuple[int, int, str]  # how far, process, its host
 
 
 class Beats:
@@ -27,9 +27,9 @@ class Beats:
         # Process 0 watches all; the others watch process 0.
         self._watched = range(self._count) if self._process == 0 else range(1)
 
-    def give(self, store: Store, now: float, completed: int, ticks: int) -> None:
-        """Says that this process lives, and how far it is: updates completed, moments passed."""
-        beat = [now, completed, processes.host(), ticks]  # with `now` no two are alike
+    def give(self, store: Store, now: float, completed: int, passed: int) -> None:
+        """Says that this process lives, and how far it is: updates completed, places passed."""
+        beat = [now, completed, processes.host(), passed]  # with `now` no two are alike
         store.put(f'beat/{self._process}', json.dumps(beat), again=True)
 
     def give_last(self, store: Store) -> None:
@@ -76,7 +76,7 @@ class Beats:
         others = (process for process in range(self._count) if process != self._process)
         beats = [(process, store.get(f'beat/{process}')) for process in others]
         told = [(process, json.loads(beat)) for process, beat in beats if beat not in (None, _GONE)]
-        return [(ticks, process, host) for process, (_, _, host, ticks) in told]
+        return [(passed, process, host) for process, (_, _, host, passed) in told]
 
 
 def say_why(store: Store, message: str, code: int) -> str:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallel_train import order
+from parallel_train.damage import first_line
 from parallel_train.dataset import AnySplit
 from parallel_train.forward import Batch, Forward, make_forward
 from parallel_train.plan import Plan
@@ -24,7 +25,9 @@ _EXAMPLES_NAMED = 8
 
 
 def diagnose(state: TrainState, config: Any, plan: Plan, split: AnySplit) -> str:
-    """Says which step, which of its examples and which tensor first was not finite.
+    """Says which step, which of its examples and which tensor first was not finite; or why it cannot.
+
+    A second copy of the state and every layer's output may be more than the device's memory holds.
 
     Args:
       state: frozen before that step.
@@ -32,6 +35,13 @@ def diagnose(state: TrainState, config: Any, plan: Plan, split: AnySplit) -> str
       plan: of the run.
       split: the train split.
     """
+    try:
+        return _find(state, config, plan, split)
+    except Exception as error:
+        return f'where it came from could not be found ({type(error).__name__}: {first_line(error)})'
+
+
+def _find(state: TrainState, config: Any, plan: Plan, split: AnySplit) -> str:
     step = int(state.step)
     epoch, row = divmod(step, plan.steps_per_epoch)
     examples = order.epoch_batches(config.seed, epoch, plan.num_train_examples, plan.batch_size)[row]

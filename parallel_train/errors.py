@@ -8,7 +8,8 @@ OK, FAULT, USER_ERROR, DIVERGED, DOES_NOT_FIT, PREEMPTED = 0, 1, 2, 3, 4, 75
 class UserError(ValueError):
     """Wrong input, told in one message that names the field, the value it has and what would be valid.
 
-    Raised before anything is written. `on_every_process` says that each process of a job raises it by itself.
+    Raised before anything is written, where it can be told by then. `on_every_process` says that each
+    process of a job raises it by itself.
     """
 
     exit_code = USER_ERROR
@@ -23,7 +24,6 @@ class Late(RuntimeError):
     """A process of the job did not come or did not answer in time: another start may mend that."""
 
     exit_code = FAULT
-    on_every_process = False
 
 
 class Diverged(RuntimeError):

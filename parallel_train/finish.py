@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from parallel_train import augment
+from parallel_train import workdir as workdir_lib
 from parallel_train.clock import Clock
 from parallel_train.dataset import AnySplit
 from parallel_train.examples import is_tokens, unit_of
@@ -65,7 +66,7 @@ def say_complete(workdir: Path, step: int, say: Callable[[str], None]) -> None:
     """Prints the results of a run that was finished before."""
     evaluations = [row for row in read_rows(workdir) if row['split'] == 'eval']
     accuracy = f', eval accuracy {evaluations[-1]["accuracy"]:.4f}' if evaluations else ''
-    say(f'already complete at step {step:,}{accuracy}; report: {absolute(workdir / "report.html")}')
+    say(f'already complete at step {step:,}{accuracy}; report: {absolute(workdir / workdir_lib.REPORT)}')
 
 
 def _results(config: Any, plan: Plan, rows: list[Row], recorder: Recorder) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 Threads in every process. One takes the signals, and sees a main thread that no longer moves; the other
 tells the other processes that this one lives, hears whether they do, and agrees with them on the step
-at which all stop or save. What they end, they end with a message; nothing waits for ever.
+at which all stop or save. What they end, they end with a message. From the first step on nothing waits
+for ever but for a compilation.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from parallel_train import processes
 from parallel_train.abort import on_abort
 from parallel_train.beats import BEAT, Beats, say_why, why
 from parallel_train.ending import Timer, say, say_stacks
-from parallel_train.errors import FAULT, PREEMPTED, USER_ERROR, UserError
+from parallel_train.errors import ENDINGS, FAULT, PREEMPTED, USER_ERROR, UserError
 from parallel_train.signals import Signals
 from parallel_train.store import NoAnswer, Store, answers, open_store
 
@@ -61,7 +62,9 @@ class Lifeline:
         self._store = open_store('parallel_train/lifeline')
         self._lock = threading.Lock()  # held while the processes agree, so that `tick` waits
         self._ticks, self._moved = 0, time.monotonic()
+        self._passed = 0  # moments, and places between two of them: who has passed the fewest is behind
         self._started, self._awaits = False, ('no step', 1.0)  # what a stall lacks, times --stall_timeout
+        self._report_only = False
         self._due: tuple[int, str] | None = None  # (tick, what)
         self._round, self._told_ticks, self._over = 0, False, False
         self._nobody_hears = False
@@ -78,12 +81,20 @@ class Lifeline:
     def tick(self) -> str | None:
         """Passes a moment; returns 'stop' or 'save' where all processes have agreed to do so now."""
         with self._lock:
-            self._ticks += 1
+            self._ticks, self._passed = self._ticks + 1, self._passed + 1
             self._moved = time.monotonic()
             if self._due and self._ticks >= self._due[0]:
                 what, self._due = self._due[1], None
                 return what
         return None
+
+    def came_on(self) -> None:
+        """Passes a place that all processes come through, between two moments."""
+        self._passed += 1
+
+    def steps_are_over(self) -> None:
+        """From now on there is nothing to stop any more."""
+        self._report_only, self.at_signal = True, 'ends once the report is written'
 
     def start(self) -> None:
         """From now on the main thread is to pass moments."""
@@ -147,8 +158,9 @@ class Lifeline:
         first = (str(error).strip() or repr(error)).splitlines()[0]
         code = USER_ERROR if isinstance(error, UserError) else FAULT
         self._end_others(f'process {self._process} ({processes.host()}) failed: {first}', code)
-        if code == FAULT:
-            traceback.print_exception(error)
+        if not isinstance(error, ENDINGS):
+            with contextlib.suppress(OSError, ValueError):
+                traceback.print_exception(error)
         say(f'error: {first}')
         self._exit(code)
 
@@ -179,8 +191,8 @@ class Lifeline:
                 self.fail(f'{self._furthest_behind()} hangs: {lacking} for {still:.0f} s')
 
     def _furthest_behind(self) -> str:
-        """Returns which process has passed the fewest moments: all others may wait for it."""
-        places = [(self._ticks, self._process, processes.host())]
+        """Returns which process has come least far: all others may wait for it."""
+        places = [(self._passed, self._process, processes.host())]
         self._tell(lambda store: places.extend(self._beats.places(store)))
         _, process, host = min(places)
         return f'process {process} ({host})'
@@ -197,7 +209,9 @@ class Lifeline:
 
     def _settle(self, tick: int, what: str) -> None:
         """All are to do `what` at `tick`."""
-        if what == 'stop' and tick == 1:  # no process has made a step: it may compile for long yet
+        if (
+            what == 'stop' and tick == 1 and not self._report_only
+        ):  # no process has made a step: it may compile for long yet
             say('stopped before the first step; nothing to save')
             self._exit(PREEMPTED)
         self._due = (tick, what)
@@ -222,7 +236,7 @@ class Lifeline:
             self._beats.give_last(store)
 
     def _beat(self, store: Store, now: float) -> None:
-        self._beats.give(store, now, self.completed, self._ticks)
+        self._beats.give(store, now, self.completed, self._passed)
         if told := why(store):
             message, code = told
             self._end(message, code, stacks=code == FAULT)

@@ -57,8 +57,8 @@ def start(cluster: Cluster, heartbeat_timeout: float, timeout: float, say: Calla
             local_device_ids=cluster.local_device_ids,
             coordinator_bind_address=_listen_at(cluster.coordinator),
             initialization_timeout=int(timeout) + 60,
-            heartbeat_timeout_seconds=int(max(100, 3 * heartbeat_timeout)),
-            shutdown_timeout_seconds=300,
+            heartbeat_timeout_seconds=int(max(100, 3 * heartbeat_timeout, timeout + 60)),
+            shutdown_timeout_seconds=int(max(60, heartbeat_timeout)),
         )
     except ValueError as error:
         raise UserError(f'{_missing(where)} ({_first_line(error)})') from error
@@ -229,7 +229,7 @@ def agree(
 
     Raises:
       UserError: on every process; names process and field that differ.
-      Late: on every process; names the processes that did not come.
+      Late: names the processes that did not come.
     """
     store = client()
     if store is None:
@@ -245,7 +245,9 @@ def agree(
     verdict = _await(store, 'parallel_train/verdict', 0, 'whether all processes agree', timeout + 30)
     late, different = json.loads(verdict)
     if late or different:
-        failure: Late | UserError = Late(late) if late else UserError(different)
+        if late:  # among them one that is to hear of it: not on every process
+            raise Late(late)
+        failure = UserError(different)
         failure.on_every_process = True
         raise failure
     return checked

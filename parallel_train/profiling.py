@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,13 @@ from pathlib import Path
 import jax
 
 from parallel_train import processes
+from parallel_train.damage import first_line
 from parallel_train.errors import UserError
 from parallel_train.files import write_atomically
 from parallel_train.paths import is_remote
 from parallel_train.plan import Plan
 from parallel_train.profile_shares import Shares, read_operations, shares
+from parallel_train.say import print_flushed
 from parallel_train.state import TrainState
 
 FOLDER = 'profile'
@@ -110,9 +113,15 @@ class Profiler:
             say(f'trace: {self._session().resolve()}')
 
     def close(self) -> None:
-        """Ends a trace that a stop or a fault cut short; it is kept."""
-        if self._since is not None and not self._found:
-            self._end(time.perf_counter() - self._since[1], 0.0)
+        """Ends a trace that a stop or a fault cut short; it is kept, but not read."""
+        if self._since is None or self._found:
+            return
+        try:
+            self._keep()
+        except Exception as error:  # which is not why the run ends
+            print_flushed(
+                f'warning: the trace that was cut short is not kept: {first_line(error)}', sys.stderr
+            )
 
     def _session(self) -> Path:
         assert self._steps
@@ -123,6 +132,16 @@ class Profiler:
 
     def _end(self, seconds: float, waited_seconds: float) -> Shares | None:
         """Writes the trace to its place and returns what it says."""
+        session, name = self._keep()
+        found = shares(read_operations(session / f'{name}.xplane.pb'), seconds, waited_seconds)
+        summary = {'seconds': seconds, 'data_wait_seconds': waited_seconds}
+        if found:
+            summary |= dataclasses.asdict(found)
+        write_atomically(session / f'{name}.json', json.dumps(summary, indent=2) + '\n')
+        return found
+
+    def _keep(self) -> tuple[Path, str]:
+        """Ends the trace and brings it to its place; returns the folder, and the name of this process's."""
         jax.profiler.stop_trace()
         session, name = self._session(), f'process_{processes.index()}'
         session.mkdir(parents=True, exist_ok=True)
@@ -132,9 +151,4 @@ class Profiler:
                 if file.name.endswith(kind):
                     file.replace(session / f'{name}{kind}')
         shutil.rmtree(self._own_folder())
-        found = shares(read_operations(session / f'{name}.xplane.pb'), seconds, waited_seconds)
-        summary = {'seconds': seconds, 'data_wait_seconds': waited_seconds}
-        if found:
-            summary |= dataclasses.asdict(found)
-        write_atomically(session / f'{name}.json', json.dumps(summary, indent=2) + '\n')
-        return found
+        return session, name

@@ -22,6 +22,7 @@ from parallel_train.progress import Progress
 from parallel_train.state import TrainState, take_sums
 from parallel_train.update import all_finite
 
+_A_DAY = 86_400.0  # seconds
 _Fetched = tuple[dict[str, float], float]  # the sums, and when the devices had computed them
 
 
@@ -59,15 +60,18 @@ class Recorder:
         self._interval = (step, time.perf_counter())
         self._wait_seconds = wait_seconds
 
-    def log(self, state: TrainState, step: int, wait_seconds: float) -> TrainState:
+    def log(self, state: TrainState, step: int, wait_seconds: float, written: bool = False) -> TrainState:
         """Makes the row of the updates since the one before; returns the state with fresh sums.
 
         Args:
           state: after `step` completed updates.
           step: completed updates.
           wait_seconds: what the host has waited for data so far, in this process.
+          written: the row is there, from before a resume: nothing but the fresh sums is wanted.
         """
         state, sums = take_sums(state, self._mesh)
+        if written:
+            return state
         waited, self._wait_seconds = wait_seconds - self._wait_seconds, wait_seconds
         job = self._pool.submit(_fetch, sums)
         self.settle()
@@ -117,8 +121,8 @@ class Recorder:
         self._log.write(row)
         self._progress.show(row)
 
-    def sync(self, state: TrainState) -> bool:
-        """Returns True once every row is on disk; False if the disk does not take them.
+    def check(self, state: TrainState) -> None:
+        """Returns once every row up to this state is written.
 
         Raises:
           Diverged: a loss or gradient up to this state was not finite, or the state itself is not.
@@ -127,7 +131,11 @@ class Recorder:
         self._check({'skipped': float(state.skipped)}, int(state.step))
         if not bool(_all_finite((state.params, state.opt_state, state.batch_stats))):
             raise Diverged(f'training diverged: the state after step {int(state.step)} is not finite')
-        return bool(processes.share(self._log.sync))  # process 0 alone writes; all are to do the same
+
+    def sync(self) -> bool:
+        """Returns True once every row written is on disk; False if the disk does not take them."""
+        # Process 0 alone writes, and all do the same. How slow its disk may be is the lifeline's question.
+        return bool(processes.share(self._log.sync, timeout=_A_DAY))
 
     def _check(self, sums: dict[str, float], step: int) -> None:
         skipped = round(sums['skipped'])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from parallel_train import drawing, plots
+from parallel_train import workdir as workdir_lib
 from parallel_train.files import write_atomically
 from parallel_train.metrics import read_rows
 from parallel_train.page import escape, page_of
@@ -98,8 +99,8 @@ def write_report(
         section('Reproduce', _reproduce(summary.command, config, summary.parameters_sha256)),
     ]
     page = page_of(summary.title, ''.join(sections))
-    write_atomically(workdir / 'report.html', page)
-    return workdir / 'report.html'
+    write_atomically(workdir / workdir_lib.REPORT, page)
+    return workdir / workdir_lib.REPORT
 
 
 def _number(value: Any) -> str:

@@ -95,10 +95,10 @@ def train_and_evaluate(
         )
         plan.check_reaches(checkpoints.latest_step() or 0)
         state = starting_state(job.config, plan, mesh, checkpoints, skip_nonfinite)
-        start = int(state.step)
+        start = lifeline.completed = int(state.step)
         say(plan_table(plan, job.config, job.sizes.source))  # nothing is refused any more
         # Of process 0, as another may not see yet what a network file system was given.
-        if start == plan.num_steps and processes.share((workdir / 'report.html').exists):
+        if start == plan.num_steps and processes.share((workdir / workdir_lib.REPORT).exists):
             say_complete(workdir, start, say)
             return state
         if start:
@@ -127,7 +127,7 @@ def train_and_evaluate(
         stack.close()
 
         # What came of it. The others wait for process 0, so that a signal ends none of them before it.
-        lifeline.at_signal = 'ends once the report is written'
+        lifeline.steps_are_over()
         with lifeline.longer('report'):
             processes.share(
                 lambda: finish(
@@ -164,6 +164,7 @@ def train_epoch(state: TrainState, run: Run) -> TrainState:
     while run.step < end:
         count = next_dispatch(run, end)
         data = run.feed.at(run.step)
+        run.lifeline.came_on()  # else who waits for others here looks like who waits for its data
         if f'{count} steps' in run.compiled:
             state = run.train_steps[count](state, data)
         else:
@@ -199,10 +200,12 @@ def do_what_is_due(state: TrainState, run: Run) -> TrainState:
     plan, step = run.plan, run.step
     there = run.done_before if step == run.start else []
     with explained(state, run):
-        if plan.is_due(step, plan.log_every_steps) and 'train' not in there:
-            state = run.recorder.log(state, step, run.feed.wait_seconds)
+        if plan.is_due(step, plan.log_every_steps):
+            state = run.recorder.log(state, step, run.feed.wait_seconds, written='train' in there)
         if plan.is_due(step, plan.compare_replicas_every):
             run.replicas.check(state, step)
+            if plan.divergence_check_steps == 1:  # with the next comparison it would be a step late
+                run.replicas.settle()
         if plan.is_due(step, plan.eval_every_steps) and 'eval' not in there:
             jax.block_until_ready(state)  # else the evaluation would be charged for steps under way
             with run.clock.timed('eval'):
@@ -224,12 +227,11 @@ def save(state: TrainState, run: Run) -> None:
         return
     jax.block_until_ready(state)  # a step that never ends is a stall, also before the first save
     with run.compiling('checks of the state'):
-        good = run.recorder.sync(state)
-        if good:
-            run.replicas.check(state, run.step)
-            fingerprints = run.replicas.settle()
-    if good:
-        with run.clock.timed('save'), run.lifeline.longer('save'):
+        run.recorder.check(state)
+        run.replicas.check(state, run.step)
+        fingerprints = run.replicas.settle()
+    with run.clock.timed('save'), run.lifeline.longer('save'):
+        if run.recorder.sync():
             run.checkpoints.save(run.step, state, fingerprints)
     run.restart_interval()
 
@@ -269,11 +271,12 @@ def explained(state: TrainState, run: Run) -> Iterator[None]:
 def explain(error: Diverged, state: TrainState, run: Run) -> str:
     """Returns the message of a run that diverged: what, where, and what to do."""
     where = ''
-    with run.lifeline.unwatched():
-        if error.frozen:  # told by all, for a launcher may show any one's last words
+    if error.frozen:  # told by all, for a launcher may show any one's last words
+        with run.lifeline.unwatched():
             where = '; ' + processes.share(
                 lambda: diagnose(state, run.config, run.plan, run.train_split), timeout=_A_DAY
             )
+    with run.lifeline.longer('save'):
         run.checkpoints.wait()
     last = run.checkpoints.latest_step()
     stands = f'the checkpoint of step {last} stands' if last else 'no checkpoint was made yet'

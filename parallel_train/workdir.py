@@ -27,6 +27,7 @@ _ALWAYS_WRITTEN = (
     'num_epochs', 'schedule', 'learning_rate', 'optimizer',
 )  # fmt: skip
 CONFIG, PLAN, METRICS, CHECKPOINTS = 'config.json', 'plan.json', 'metrics.jsonl', 'checkpoints'
+REPORT = 'report.html'
 DAMAGED = 'damaged'  # checkpoints that were set aside
 ENVIRONMENT = 'environment.json'  # of the last start
 LOCK, LEASES = '.lock', '.leases'
@@ -172,8 +173,9 @@ def _refuse_differences(
 
 
 def claim(workdir: Path, config: Any, plan: Plan, environment: dict[str, str]) -> None:
-    """Creates the workdir and writes config, plan and environment into it."""
+    """Creates the workdir and writes config, plan and environment into it; an earlier end's report goes."""
     workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / REPORT).unlink(missing_ok=True)  # else a run that goes on, and is killed, would look complete
     write_atomically(workdir / CONFIG, config_lib.to_json(config))
     write_atomically(workdir / PLAN, plan.to_json())
     write_atomically(workdir / ENVIRONMENT, json.dumps(environment, indent=2) + '\n')

@@ -8,6 +8,7 @@ are slow, and told.
 `lock`: the loader of batch NUMBER hangs in C code that keeps Python's lock (the GIL).
 `report`: it is told when the report is begun, which takes NUMBER seconds longer.
 `files`: process NUMBER does not see the report yet, as on a network file system.
+`check`: process NUMBER never ends to check the job.
 `imports`: process 1 takes NUMBER seconds more from its joining to its first sign of life.
 """
 
@@ -119,6 +120,17 @@ def slow_files(process: int) -> None:
     Path.exists = exists_here
 
 
+def dead_check(process: int) -> None:
+    check_job = train_lib.check_job
+
+    def check(*args: Any) -> Any:
+        if processes.index() == process:
+            time.sleep(10_000)
+        return check_job(*args)
+
+    train_lib.check_job = check
+
+
 def slow_imports(seconds: int) -> None:
     join = commands._join_job
 
@@ -138,6 +150,7 @@ PLACES = {
     'lock': dead_lock,
     'report': slow_report,
     'files': slow_files,
+    'check': dead_check,
     'imports': slow_imports,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -178,6 +179,10 @@ def test_a_divergence_is_traced_into_what_is_computed_again() -> None:
     )
     text = diagnose(state, config, make_plan(config, 32, 1, 1), split)
     assert f'the output of {block}/' in text, text
+    # What hinders the diagnosis is no reason to end by it.
+    unread = dataclasses.replace(split, images=split.images[:1])
+    text = diagnose(state, config, make_plan(config, 32, 1, 1), unread)
+    assert text.startswith('where it came from could not be found (IndexError: '), text
 
 
 def test_a_model_that_cannot_compute_again_says_so() -> None:

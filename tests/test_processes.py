@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -235,6 +236,20 @@ def test_a_signal_stops_a_process_on_its_own(
     assert_same_bits(workdir, alone)
 
 
+def test_a_second_signal_to_one_of_two_ends_it_at_once_and_the_other_soon(
+    long_job: Job, start: Start, tmp_path: Path
+) -> None:
+    job = start(long_job, tmp_path / 'run', 2, 2)
+    job.wait_until(saved(tmp_path / 'run', 6))
+    for what in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+        os.kill(job.all[1].pid, what)
+    since = time.monotonic()
+    first, second = job.results()
+    assert second.code in (128 + signal.SIGINT, 128 + signal.SIGTERM), second
+    assert first.code == 1 and 'process 1' in first.stderr.splitlines()[-1], first
+    assert time.monotonic() - since < HEARTBEAT + 3
+
+
 def test_a_second_signal_ends_at_once(long_job: Job, tmp_path: Path) -> None:
     workdir = tmp_path / 'run'
     job = Processes(tmp_path / 'job', [cli(*long_job.train(workdir, devices=2))], long_job.env)
@@ -403,6 +418,23 @@ def test_what_never_ends_is_noticed(
     assert 'in wait' in result.stderr and 'train.py' in result.stderr  # the stacks of all threads
 
 
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_for_all(
+    tree_job: Job, alone: Path, start: Start, tmp_path: Path
+) -> None:
+    workdir = Path(shutil.copytree(alone, tmp_path / 'run'))
+    (workdir / 'report.html').unlink()
+    bad = max(checkpoint_steps(workdir))
+    largest = max((workdir / 'checkpoints' / str(bad)).rglob('*'), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    first, second = start(tree_job, workdir, 2, 4).results()
+    assert (first.code, second.code) == (0, 0), (first, second)
+    assert f'warning: checkpoint {bad} is damaged (' in first.stdout
+    assert f'resuming from step {checkpoint_steps(alone)[-2]} of' in first.stdout
+    assert (workdir / 'damaged' / str(bad)).is_dir()
+    assert_same_bits(workdir, alone)
+
+
 # ---------------------------------------------------------------- what does not fit together
 
 
@@ -551,6 +583,27 @@ def test_a_process_that_does_not_come_is_waited_for_only_so_long(tree_job: Job, 
         )
         assert result.code == 1, result  # a launcher may start the job again: then all may come
         assert 'error: coordinator=' in result.stderr and 'within 6 s' in result.stderr, result
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_joins_and_never_comes_to_its_check_ends_with_the_others(
+    tree_job: Job, tmp_path: Path
+) -> None:
+    where = [f'--coordinator=127.0.0.1:{free_port()}', '--num_processes=2', '--start_timeout=10']
+    line = [sys.executable, '-m', 'tests.slow', 'check', '1', *tree_job.train(tmp_path / 'run', *where)]
+    job = Processes(tmp_path / 'job', [[*line, f'--process_id={i}'] for i in range(2)], tree_job.env)
+    since = time.monotonic()
+    try:
+        first, second = job.results(120)
+    finally:
+        job.close()
+    assert time.monotonic() - since < 40, (first, second)
+    assert (first.code, second.code) == (1, 1), (first, second)
+    words = 'process 1: did not come within 10 s; see its own output'
+    assert first.stderr.splitlines()[-1] == f'error: {words}'
+    assert words in second.stderr.splitlines()[-1], second
+    assert 'in dead_check' in second.stderr or 'in check' in second.stderr, second  # where it stood
     assert not (tmp_path / 'run').exists()
 
 

@@ -130,6 +130,20 @@ def test_bad_ranges_are_refused(
     assert not (tmp_path / 'run').exists()
 
 
+def test_a_trace_that_cannot_be_kept_is_not_why_a_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profiler = Profiler(Steps(0, 4), tmp_path, 0)
+    profiler.switch(None, 0, 0.0)
+    monkeypatch.setattr('parallel_train.profiling.shutil.rmtree', full_disk)
+    profiler.close()
+    assert 'warning: the trace that was cut short is not kept: no room' in capsys.readouterr().err
+
+
+def full_disk(*args: Any) -> None:
+    raise OSError('no room')
+
+
 def test_when_a_trace_begins_and_ends(tmp_path: Path) -> None:
     def due(steps: Steps | None, start: int) -> list[int]:
         profiler = Profiler(steps, tmp_path, start)

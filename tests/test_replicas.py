@@ -104,7 +104,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, drift_job: Job) -> Pat
 
 
 def run_with_flip(
-    job: Job, workdir: Path, folder: Path, processes: int, step: int, device: int
+    job: Job, workdir: Path, folder: Path, processes: int, step: int, device: int, flag: str
 ) -> list[Result]:
     """Runs the command line; a bit of one device's copy of the parameters flips after `step` steps."""
     flags = [
@@ -114,7 +114,7 @@ def run_with_flip(
     ]
     commands = [
         [
-            sys.executable, '-m', 'tests.flip', str(step), str(device), *job.train(workdir, devices=4),
+            sys.executable, '-m', 'tests.flip', str(step), str(device), *job.train(workdir, flag, devices=4),
             *([*flags, f'--process_id={i}'] if processes > 1 else []),
         ]
         for i in range(processes)
@@ -127,12 +127,14 @@ def run_with_flip(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('processes', 'step', 'device'), [(1, 20, 1), (1, 17, 3), (2, 31, 2)])
+@pytest.mark.parametrize(
+    ('processes', 'step', 'device', 'every'), [(1, 20, 1, 1), (1, 17, 3, 4), (2, 31, 2, 4)]
+)
 def test_a_run_whose_copies_drift_ends_and_goes_on_from_before(
-    processes: int, step: int, device: int, drift_job: Job, undisturbed: Path, tmp_path: Path
+    processes: int, step: int, device: int, every: int, drift_job: Job, undisturbed: Path, tmp_path: Path
 ) -> None:
-    workdir = tmp_path / 'run'
-    results = run_with_flip(drift_job, workdir, tmp_path / 'job', processes, step, device)
+    workdir, flag = tmp_path / 'run', f'--config.divergence_check_steps={every}'
+    results = run_with_flip(drift_job, workdir, tmp_path / 'job', processes, step, device, flag)
     assert [result.code for result in results] == [1] * processes, results
     for result in results:
         last = result.stderr.splitlines()[-1]
@@ -143,7 +145,7 @@ def test_a_run_whose_copies_drift_ends_and_goes_on_from_before(
         dispatched = int(
             [line for line in result.stdout.splitlines() if 'dispatched' in line][-1].split()[-1]
         )
-        assert step < found <= dispatched <= step + 4, (found, dispatched)  # divergence_check_steps
+        assert step < found <= dispatched <= step + every, (found, dispatched)
     assert max(checkpoint_steps(workdir)) <= step
     run_ok(*drift_job.train(workdir, devices=4), env=drift_job.env)
     assert_same_run(workdir, undisturbed)

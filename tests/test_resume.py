@@ -107,13 +107,13 @@ def assert_same_run(resumed: Path, reference: Path) -> None:
         assert (resumed / name).read_text() == (reference / name).read_text()
 
 
-def assert_nearly_same_end(resumed: Path, reference: Path) -> None:
+def assert_nearly_same_end(resumed: Path, reference: Path, step: int = NUM_STEPS) -> None:
     """What follows from config and plan is equal, what is computed but for sums in another order.
 
     As over 4 devices instead of 2: that moves the last bits of a float32 gradient (2**-24, 6e-8); some 30
     updates with momentum carry that on, and a ReLU that flips adds to it.
     """
-    got, want = restore(resumed, NUM_STEPS), restore(reference, NUM_STEPS)
+    got, want = restore(resumed, step), restore(reference, step)
     for name, array in want.items():
         np.testing.assert_allclose(got[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
     rows, expected = without_timing(read_rows(resumed)), without_timing(read_rows(reference))
@@ -289,6 +289,34 @@ def test_what_last_bits_depend_on_is_said_where_it_changes(tiny_job: Job, tmp_pa
         f'{name} was 999, is {was[name]}\n'
     ) in result.stdout
     assert json.loads((workdir / 'environment.json').read_text()) == was  # of the last start
+
+
+def test_no_update_counts_in_two_rows(tiny_job: Job, tmp_path: Path) -> None:
+    """Killed after a resume that logs at other steps than before: a row was written, its sums were saved."""
+    once, twice = tmp_path / 'once', tmp_path / 'twice'
+    run_half(tiny_job, once)
+    other = ['--config.num_epochs=0.5', '--config.log_every_steps=3', '--allow_plan_change']
+    copy(once, twice)
+    for workdir, times in ((once, 1), (twice, 2)):
+        for _ in range(times):
+            shutil.rmtree(workdir / 'checkpoints' / '12', ignore_errors=True)
+            (workdir / 'report.html').unlink(missing_ok=True)
+            result = run_ok(*tiny_job.train(workdir, *other), env=tiny_job.env)
+            assert 'resuming from step 6' in result.stdout
+    rows = without_timing(read_rows(twice))
+    assert [row['step'] for row in rows if row['split'] == 'train'] == [4, 6, 9, 12]
+    assert rows == without_timing(read_rows(once))
+
+
+@pytest.mark.slow
+def test_shards_that_are_no_power_of_two_go_on_on_any_devices_that_divide_them(
+    tiny_job: Job, tmp_path: Path
+) -> None:
+    whole, half = tmp_path / 'whole', tmp_path / 'half'
+    arguments = run_half(tiny_job, half, '--config.shards=12')
+    assert 'resuming from step 6' in run_ok(*arguments, '--devices=3', env=tiny_job.env).stdout
+    run_ok(*tiny_job.train(whole, '--config.shards=12', '--config.num_epochs=0.5'), env=tiny_job.env)
+    assert_nearly_same_end(half, whole, 12)
 
 
 # ---------------------------------------------------------------- another job in the same workdir

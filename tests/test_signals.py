@@ -196,3 +196,17 @@ def test_a_signal_while_the_report_is_written(
         assert f'{number.name}: ends once the report is written; again: ends at once' in result.stderr
     assert (tmp_path / 'run' / 'report.html').exists()
     assert_same_bits(tmp_path / 'run', undisturbed)
+
+
+def test_a_signal_while_the_report_of_a_run_that_had_none_is_written(
+    undisturbed: Path, launch: Launch, tmp_path: Path
+) -> None:
+    """No step is made any more: that is not `before the first step`."""
+    shutil.copytree(undisturbed, tmp_path / 'run')
+    (tmp_path / 'run' / 'report.html').unlink()
+    running = launch(('tests.slow', 'report', '2'), 1)
+    running.wait_until(lambda: REPORT in running.outputs())
+    running.all[0].send_signal(signal.SIGTERM)
+    [result] = running.results(60)
+    assert result.code == 0, result
+    assert (tmp_path / 'run' / 'report.html').exists()

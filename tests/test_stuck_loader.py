@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import NUM_STEPS, Job, Result, checkpoint_steps
+from tests.conftest import NUM_STEPS, STEPS_PER_EPOCH, Job, Result, checkpoint_steps, run_ok
 from tests.test_processes import Processes, free_port
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('processes', 'batch'), [(1, 0), (1, 30), (2, 0), (2, 30)])
-def test_a_loader_that_hangs_is_noticed(processes: int, batch: int, job: Job, tmp_path: Path) -> None:
+@pytest.mark.parametrize(('processes', 'batch', 'save_every'), [(1, 0, 6), (1, 30, 6), (2, 0, 6), (4, 30, 1)])
+def test_a_loader_that_hangs_is_noticed(
+    processes: int, batch: int, save_every: int, job: Job, tmp_path: Path
+) -> None:
+    """Also where all wait for its process at a save."""
     culprit = processes - 1
     flags = ['--config.data_placement=host', '--stall_timeout=8', '--heartbeat_timeout=30']
-    train = job.train(tmp_path / 'run', *flags, devices=2)
+    more = f'--config.checkpoint_every_steps={save_every}'
+    train = job.train(tmp_path / 'run', *flags, more, devices=max(processes, 2))
     line = [sys.executable, '-m', 'tests.stuck_loader', str(batch), str(culprit), *map(str, train)]
     results = run_all(line, processes, job, tmp_path)
     for result in results:
@@ -24,7 +28,24 @@ def test_a_loader_that_hangs_is_noticed(processes: int, batch: int, job: Job, tm
         last = result.stderr.splitlines()[-1]
         assert last.startswith(f'error: process {culprit} ') and 'hangs: no step for' in last, result
         assert 'last completed step' in last
+        assert 'the Python stacks of all threads' in result.stderr and 'train.py' in result.stderr
     assert 'in sleep_in_loader' in results[culprit].stderr  # the stacks of all threads
+
+
+@pytest.mark.slow
+def test_a_run_that_hangs_after_a_resume_says_how_far_it_was(job: Job, tmp_path: Path) -> None:
+    """And does not look complete, though the end of fewer epochs was."""
+    workdir = tmp_path / 'run'
+    run_ok(*job.train(workdir, '--config.num_epochs=1', devices=2), env=job.env)
+    assert (workdir / 'report.html').exists()
+    flags = ['--config.data_placement=host', '--stall_timeout=8', '--allow_plan_change']
+    train = job.train(workdir, *flags, devices=2)
+    [result] = run_all(
+        [sys.executable, '-m', 'tests.stuck_loader', '0', '0', *map(str, train)], 1, job, tmp_path
+    )
+    assert result.code == 1, result
+    assert result.stderr.splitlines()[-1].endswith(f'known here is {STEPS_PER_EPOCH}'), result
+    assert not (workdir / 'report.html').exists()
 
 
 @pytest.mark.slow
