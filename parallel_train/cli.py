@@ -6,13 +6,12 @@ import io
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import flags
 
 from parallel_train import commands, config_fields, flag_names
 from parallel_train import config as config_lib
-from parallel_train.ending import leave
 from parallel_train.errors import ENDINGS, FAULT, OK, USER_ERROR, Preempted, UserError
 from parallel_train.paths import expanded
 from parallel_train.say import drop_what_waits, print_flushed
@@ -72,10 +71,10 @@ def _exit_code(argv: Sequence[str]) -> int:
         return FAULT
 
 
-def console() -> NoReturn:
+def console() -> int:
     """The entry point `parallel-train`: like `python -m`, modules in this folder can be imported."""
     sys.path.insert(0, '')
-    leave(main(sys.argv))
+    return main(sys.argv)
 
 
 def _run(argv: list[str]) -> int:

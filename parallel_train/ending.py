@@ -1,17 +1,12 @@
-"""How does a process end? What says where it stood, and what ends one that cannot say anything?"""
+"""How does a process say where it stood as it ends at once? And what ends one that cannot say anything?"""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import faulthandler
 import math
-import os
 import sys
 import time
-from typing import NoReturn
-
-from parallel_train.errors import FAULT, OK
 
 _MARGIN = 60.0  # seconds that the lifeline, which knows what to say, has before the timer
 _EVERY = 1.0  # seconds between two times that the timer is set: each starts a thread
@@ -26,21 +21,6 @@ def say_stacks() -> None:
     say('the Python stacks of all threads:')
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process with an exit code, all being done; FAULT where OK cannot be, as output was lost.
-
-    No thread is waited for: of a save whose folder could not be made, Orbax's wait for it for ten minutes.
-    """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream and not stream.closed:
-                stream.flush()
-        except OSError:
-            code = FAULT if code == OK else code
-    os._exit(code)
 
 
 class Timer:

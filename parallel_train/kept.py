@@ -13,6 +13,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from parallel_train import processes
 
+_YEARS = 10**9  # seconds; how long a save may take is the lifeline's question
+
 
 def open_manager(
     directory: Path, policy: preservation_policy.PreservationPolicy, read_only: bool
@@ -28,6 +30,9 @@ def open_manager(
         create=False,
         cleanup_tmp_directories=not read_only,
         multiprocessing_options=here,
+        # Orbax times what it waits for by the time of day: a clock that jumps would fail a save. And where its
+        # threads wait for another of them to make a folder that cannot be made, they do so for ten minutes.
+        async_options=ocp.AsyncOptions(timeout_secs=_YEARS, create_directories_asynchronously=False),
     )
     if not read_only:
         directory.mkdir(parents=True, exist_ok=True)

@@ -447,7 +447,7 @@ def test_a_result_that_cannot_be_printed_is_an_error(tmp_path: Path) -> None:
         done = subprocess.run(
             cli('--help'), cwd=tmp_path, env=environment() | BUFFERED, stdout=full, check=False
         )
-    assert done.returncode == 1
+    assert done.returncode != 0
 
 
 # ---------------------------------------------------------------- the folder goes, the clock jumps
@@ -476,7 +476,7 @@ def test_a_workdir_that_is_removed_ends_the_run(slow_job: Job, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_save_whose_folder_cannot_be_made_holds_nothing_up(slow_job: Job, tmp_path: Path) -> None:
-    """Orbax's threads wait for the folder for ten minutes, and Python for Orbax's threads."""
+    """By itself Orbax lets threads wait ten minutes for the folder, and Python waits for threads."""
     workdir = tmp_path / 'run'
     job = Processes(tmp_path / 'job', [cli(*slow_job.train(workdir))], slow_job.env)
     try:
