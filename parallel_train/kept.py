@@ -30,8 +30,8 @@ def open_manager(
         create=False,
         cleanup_tmp_directories=not read_only,
         multiprocessing_options=here,
-        # Orbax times what it waits for by the time of day: a clock that jumps would fail a save. And where its
-        # threads wait for another of them to make a folder that cannot be made, they do so for ten minutes.
+        # Orbax times what it waits for by the time of day: a clock that jumps would fail a save. And its
+        # threads wait ten minutes for another of them to make a folder that cannot be made.
         async_options=ocp.AsyncOptions(timeout_secs=_YEARS, create_directories_asynchronously=False),
     )
     if not read_only:

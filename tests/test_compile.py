@@ -230,6 +230,7 @@ def test_a_batch_too_large_does_not_fit(tmp_path: Path) -> None:
     assert row['predicted_step_seconds'] is None
 
 
+@pytest.mark.long
 @needs_libtpu
 @pytest.mark.slow
 def test_fit_finds_the_largest_batch(tmp_path: Path) -> None:

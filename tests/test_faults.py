@@ -386,6 +386,7 @@ def test_a_disk_that_is_full_for_a_while_costs_several_processes_nothing(
     assert_same_end(workdir, slow_tree)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_disk_that_stays_full_ends_several_processes_with_an_error(
     slow_job: Job, slow_tree: Path, small_disk: SmallDisk, tmp_path: Path
@@ -527,6 +528,7 @@ def test_a_clock_that_jumps_changes_nothing(tiny_job: Job, undisturbed: Path, tm
 # ---------------------------------------------------------------- killed, again and again
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_ten_times_at_random_moments(tiny_job: Job, undisturbed: Path, tmp_path: Path) -> None:
     """Among them while starting, compiling, stepping and saving: a checkpoint is written at every step."""
@@ -568,7 +570,7 @@ def test_saves_by_steps_and_by_minutes(tiny_job: Job, undisturbed: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('processes', [1, 2])
+@pytest.mark.parametrize('processes', [1, pytest.param(2, marks=pytest.mark.long)])
 def test_saves_by_minutes(
     processes: int,
     tiny_job: Job,

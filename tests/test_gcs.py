@@ -218,6 +218,7 @@ def test_data_is_copied_once_and_compared(store: Any, data_dir: Path, job: Job) 
     assert refused.code == 2 and 'gcloud storage cp' in refused.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow  # most of it is waiting for the lease of the job that was killed
 def test_a_run_that_is_killed_goes_on(store: Any, job: Job, trained: Path, tmp_path: Path) -> None:
     """Its rows and its last state are, to the bit, those of a local run that nobody killed."""

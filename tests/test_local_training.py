@@ -168,6 +168,7 @@ def test_a_port_that_is_taken_before_process_0_binds_it_is_a_reason_to_start_aga
     assert result.stdout.count('found by flags') == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_coordinator_that_hangs_is_ended_and_the_job_started_again(
     tree_job: Job, alone: Path, supervise: Start, tmp_path: Path

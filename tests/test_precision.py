@@ -154,6 +154,7 @@ def test_activations_computed_again_give_the_same_steps() -> None:
     assert distance(after[True].params, after[False].params, start.params) < 1e-4
 
 
+@pytest.mark.long
 @needs_libtpu
 @pytest.mark.slow
 def test_activations_computed_again_take_less_memory_on_tpus(tmp_path: Path) -> None:

@@ -200,7 +200,14 @@ def test_200_steps_on_all_device_and_process_counts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('number', 'victim'), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(
+    ('number', 'victim'),
+    [
+        (signal.SIGTERM, 1),
+        (signal.SIGINT, 0),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_to_one_stops_all_at_one_step_and_another_hardware_goes_on(
     number: signal.Signals, victim: int, tree_job: Job, alone: Path, start: Start, tmp_path: Path
 ) -> None:

@@ -146,6 +146,7 @@ def test_one_size_alone(things: Path, tmp_path: Path) -> None:
     assert (tmp_path / 'run' / 'plots' / 'strong.png').exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_is_measured_is_kept(strong: tuple[Path, dict[str, Any]], things: Path, tmp_path: Path) -> None:
     """After a kill, and with more sizes: what is missing is measured, beside what they are compared with."""
