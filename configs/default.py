@@ -56,7 +56,6 @@ def get_config() -> config_dict.ConfigDict:
     # How long, in how large steps.
     config.batch_size = 128  # GLOBAL: examples in one optimizer step, over all devices
     config.eval_batch_size = 1000  # anything positive: the last batch is padded
-    config.eval_flip = False  # predict by the mean of the logits of each image and its mirror image
     config.num_epochs = 10.0
     config.accumulation_steps = 1  # turns in which a device computes its part of one batch
     # The batch is `shards` equal parts. BatchNorm statistics and dropout keys belong to a shard, so with

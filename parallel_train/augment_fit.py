@@ -8,7 +8,7 @@ from parallel_train.errors import UserError
 
 _FIELDS = (
     'random_crop_padding', 'random_flip', 'alternating_flip', 'randaugment_layers', 'cutout_size',
-    'random_erasing', 'mixup_alpha', 'cutmix_alpha', 'eval_flip',
+    'random_erasing', 'mixup_alpha', 'cutmix_alpha',
 )  # fmt: skip
 
 

@@ -178,7 +178,6 @@ CHECKS: dict[str, Callable[[Any], str | None]] = {
     'num_classes': _integer(0),
     'batch_size': _integer(1),
     'eval_batch_size': _integer(1),
-    'eval_flip': _boolean,
     'num_epochs': _number(0, exclusive=True, below=MAX_STEPS),
     'accumulation_steps': _integer(1),
     'shards': _integer(0),

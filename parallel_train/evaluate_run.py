@@ -19,8 +19,7 @@ from parallel_train.sizes import Sizes
 
 # What `evaluate --config` may change: on what and how it is evaluated, not what was trained.
 _OF_EVALUATION = (
-    'dataset', 'eval_split', 'eval_batch_size', 'eval_flip', 'data_placement', 'crop_fraction',
-    'max_corrupt_examples',
+    'dataset', 'eval_split', 'eval_batch_size', 'data_placement', 'crop_fraction', 'max_corrupt_examples',
 )  # fmt: skip
 
 

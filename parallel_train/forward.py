@@ -32,23 +32,20 @@ class Forward:
     norm_over_batch: bool  # BatchNorm over the global batch; needs the axes of the train step
     label_smoothing: float = 0.0  # passed to the loss in training, unless it is 0
     pixels: tuple[Sequence[float], Sequence[float]] = ((), ())  # mean and standard deviation
-    eval_flip: bool = False  # evaluation sees the mirror images too
 
     def __call__(
         self, params: Any, batch_stats: Any, batch: Batch, train: bool, dropout_key: Any = None
     ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
         """Returns the weighted losses' sum, sums of 'correct' and 'weight', and new batch statistics."""
-        call = functools.partial(
-            self.apply,
-            {'params': params, 'batch_stats': batch_stats} if batch_stats else {'params': params},
-            rngs=None if dropout_key is None else {'dropout': dropout_key},
-            mutable=['batch_stats'] if train else [],
-            **({'train': train} if self.passes_train else {}),
-        )
+        flags = {'train': train} if self.passes_train else {}
         with batch_norm.over_global_batch(train and self.norm_over_batch):
-            logits, changed = call(batch['image'])
-        if self.eval_flip and not train:
-            logits = (logits + call(batch['image'][:, :, ::-1])[0]) / 2
+            logits, changed = self.apply(
+                {'params': params, 'batch_stats': batch_stats} if batch_stats else {'params': params},
+                batch['image'],
+                rngs=None if dropout_key is None else {'dropout': dropout_key},
+                mutable=['batch_stats'] if train else [],
+                **flags,
+            )
         losses, weights, correct = self.measure(logits, batch, train)
         sums = {'correct': jnp.sum(correct), 'weight': jnp.sum(weights)}
         return jnp.sum(losses), sums, changed.get('batch_stats', batch_stats)
@@ -89,7 +86,6 @@ def make_forward(config: Any, apply_fn: Callable[..., Any], alone: bool = False)
         norm_over_batch=config.batch_norm == 'global' and not alone,
         label_smoothing=config.label_smoothing,
         pixels=(config.pixel_mean, config.pixel_std),
-        eval_flip=config.eval_flip,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from typing import Any
@@ -305,24 +304,6 @@ def test_evaluation_counts_every_example_once_at_any_batch_size(model: str, size
         assert result['loss'] == pytest.approx(float(loss), rel=1e-5)
         # Logits differ in their last bits between batch sizes, which may turn a near tie or two.
         assert result['accuracy'] == pytest.approx(accuracy, abs=2.5 / size)
-
-
-def test_evaluation_of_mirror_images_takes_the_mean_of_the_logits() -> None:
-    mesh, split = make_mesh(2), make_split(48)
-    config = make_config('cnn', eval_batch_size=20, eval_flip=True)
-    state = initialise(config, 0.1, mesh)
-
-    def logits(images: np.ndarray) -> jax.Array:
-        return state.apply_fn({'params': state.params}, images / np.float32(255))
-
-    both = (logits(split.images) + logits(split.images[:, :, ::-1])) / 2
-    losses = optax.softmax_cross_entropy_with_integer_labels(both, split.labels)
-    result = Evaluator(split, config, mesh, state)(state)
-    assert result['loss'] == pytest.approx(float(jnp.mean(losses)), rel=1e-5)
-    plain = Evaluator(split, make_config('cnn', eval_batch_size=20), mesh, state)(state)
-    assert result['loss'] != plain['loss']
-    turned = dataclasses.replace(split, images=np.ascontiguousarray(split.images[:, :, ::-1]))
-    assert Evaluator(turned, config, mesh, state)(state)['loss'] == pytest.approx(result['loss'], rel=1e-6)
 
 
 def test_augmentation_belongs_to_the_example() -> None:

@@ -51,9 +51,7 @@ def one_device(model: str, steps: int) -> dict[str, bytes]:
 
 
 def tree_config(model: str, **fields: Any) -> Any:
-    augmented = (
-        {'random_crop_padding': 2, 'random_flip': True, 'eval_flip': True} if model == 'norm_dropout' else {}
-    )
+    augmented = {'random_crop_padding': 2, 'random_flip': True} if model == 'norm_dropout' else {}
     return make_config(model, **FIELDS, **augmented, **fields)
 
 
