@@ -105,7 +105,6 @@ def get_config() -> config_dict.ConfigDict:
     # Augmentation on the device, a function of (seed, epoch, example).
     config.random_crop_padding = 0  # pixels of zeros around the image before a random crop; 0: no crop
     config.random_flip = False  # mirror left to right with probability 1/2
-    config.alternating_flip = False  # instead: by chance in the first epoch, then in every other one
     config.randaugment_layers = 0  # RandAugment's N, operations on each image; 0: none
     config.randaugment_magnitude = 9.0  # its M; 10 is AutoAugment's largest
     config.cutout_size = 0  # side of a square in pixels that gets the image's mean; 0: none

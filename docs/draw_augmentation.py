@@ -48,7 +48,7 @@ def rows(images: np.ndarray) -> dict[str, np.ndarray]:
     ]
     return {
         'test images': images,
-        'crop (padding 4) and flip': augment.random_crop(same, keys, 4, augment.mirrored(keys)),
+        'crop (padding 4) and flip': augment.random_crop_and_flip(same, keys, 4, True),
         'cutout (12)': augment.cutout(same, keys, 12),
         'random erasing (p = 0.7)': augment.random_erasing(same, keys, 0.7),
         "RandAugment's operations (M = 9, sign -)": np.stack(operations),

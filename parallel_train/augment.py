@@ -43,16 +43,8 @@ def augment(
     def stream(number: int) -> jax.Array:
         return jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
 
-    mirror = None
-    if config.random_flip:
-        mirror = mirrored(keys)
-    elif config.alternating_flip:
-        # Jordan 2024 ("94% on CIFAR-10 in 3.29 seconds", section 3.6): both views of an image in two epochs.
-        mirror = mirrored(example_keys(key, jnp.zeros_like(epoch), examples)) ^ (epoch % 2 == 1)
-    if config.random_crop_padding:
-        images = random_crop(images, keys, config.random_crop_padding, mirror)
-    elif mirror is not None:
-        images = jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
+    if config.random_crop_padding or config.random_flip:
+        images = random_crop_and_flip(images, keys, config.random_crop_padding, config.random_flip)
     if config.randaugment_layers:
         images = rand_augment(
             images, stream(_RAND_AUGMENT), config.randaugment_layers, config.randaugment_magnitude
@@ -64,39 +56,35 @@ def augment(
     return images
 
 
-def mirrored(keys: jax.Array) -> jax.Array:
-    """Returns which images are to be mirrored, each with probability 1/2: bool [batch] from keys [batch]."""
-    return jax.vmap(lambda key: jax.random.bernoulli(jax.random.split(key)[1]))(keys)
-
-
-def random_crop(
-    images: jax.Array, keys: jax.Array, padding: int, mirror: jax.Array | None = None
-) -> jax.Array:
-    """Crops each image out of itself padded with zeros, and mirrors those that `mirror` names.
+def random_crop_and_flip(images: jax.Array, keys: jax.Array, padding: int, flip: bool) -> jax.Array:
+    """Crops each image out of itself padded with zeros, and mirrors it with probability 1/2.
 
     Args:
       images: [batch, height, width, channels].
       keys: one for each image.
-      padding: pixels of zeros on every side.
-      mirror: bool [batch]; None for none.
+      padding: pixels of zeros on every side; 0 for no crop.
+      flip: whether to mirror at all.
 
     Returns:
       Images of the same shape and dtype.
     """
     height, width = images.shape[1:3]
 
-    def one(image: jax.Array, key: jax.Array, flip: jax.Array | None) -> jax.Array:
-        down, right = jax.random.randint(jax.random.split(key)[0], (2,), -padding, padding + 1)
+    def one(image: jax.Array, key: jax.Array) -> jax.Array:
+        shift_key, flip_key = jax.random.split(key)
+        if not padding:  # no gather
+            return jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image) if flip else image
+        down, right = jax.random.randint(shift_key, (2,), -padding, padding + 1)
         rows = jnp.arange(height) + down
         columns = jnp.arange(width) + right
-        if flip is not None:
-            columns = jnp.where(flip, columns[::-1], columns)
+        if flip:
+            columns = jnp.where(jax.random.bernoulli(flip_key), columns[::-1], columns)
         inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
         # One gather for both: clipped where outside, then blanked.
         moved = image[jnp.clip(rows, 0, height - 1)[:, None], jnp.clip(columns, 0, width - 1)]
         return jnp.where(inside[:, :, None], moved, jnp.zeros((), image.dtype))
 
-    return jax.vmap(one)(images, keys, mirror)
+    return jax.vmap(one)(images, keys)
 
 
 def cutout(images: jax.Array, keys: jax.Array, size: int) -> jax.Array:

@@ -7,8 +7,8 @@ from typing import Any
 from parallel_train.errors import UserError
 
 _FIELDS = (
-    'random_crop_padding', 'random_flip', 'alternating_flip', 'randaugment_layers', 'cutout_size',
-    'random_erasing', 'mixup_alpha', 'cutmix_alpha',
+    'random_crop_padding', 'random_flip', 'randaugment_layers', 'cutout_size', 'random_erasing',
+    'mixup_alpha', 'cutmix_alpha',
 )  # fmt: skip
 
 
@@ -21,10 +21,6 @@ def check_augmentation(config: Any) -> None:
                 f'config.{field}={config[field]}: is for images, and examples of {config.dataset!r} are of '
                 f'shape {shape}; leave it out'
             )
-    if config.random_flip and config.alternating_flip:
-        raise UserError(
-            'config.alternating_flip=True: is instead of config.random_flip=True; take one of them'
-        )
     for field in ('pixel_mean', 'pixel_std'):
         if len(config[field]) > 1 and len(config[field]) != shape[-1] and len(shape) == 3:
             raise UserError(

@@ -215,7 +215,6 @@ CHECKS: dict[str, Callable[[Any], str | None]] = {
     'max_corrupt_examples': _integer(0),
     'random_crop_padding': _integer(0, 2**16),
     'random_flip': _boolean,
-    'alternating_flip': _boolean,
     'randaugment_layers': _integer(0, 14),
     'randaugment_magnitude': _number(0, below=31),
     'cutout_size': _integer(0, 2**16),

@@ -58,34 +58,6 @@ def boxes(changed: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- one example
 
 
-def flips(epoch: int, examples: list[int] | None = None, **fields: Any) -> np.ndarray:
-    """Returns which of 200 images are mirrored in an epoch: bool [batch]."""
-    chosen = np.arange(200) if examples is None else np.asarray(examples)
-    before = images(200)[chosen]
-    config = make_config('cnn', **fields)
-    key = jax.random.key(0, impl='threefry2x32')
-    after = np.asarray(augment.augment(jnp.asarray(before), key, jnp.int32(epoch), chosen, config))
-    kept = np.array([np.array_equal(a, b) for a, b in zip(after, before, strict=True)])
-    turned = np.array([np.array_equal(a, b[:, ::-1]) for a, b in zip(after, before, strict=True)])
-    assert (kept ^ turned).all()
-    return turned
-
-
-def test_random_flip_mirrors_half_of_the_images_others_each_epoch() -> None:
-    first, second = flips(0, random_flip=True), flips(1, random_flip=True)
-    assert 70 < first.sum() < 130 and 70 < (first ^ second).sum() < 130
-    assert np.array_equal(flips(1, [7, 2], random_flip=True), second[[7, 2]])
-
-
-def test_alternating_flip_shows_both_views_in_two_epochs() -> None:
-    first = flips(0, alternating_flip=True)
-    assert 70 < first.sum() < 130
-    assert np.array_equal(first, flips(0, random_flip=True))
-    for epoch in (1, 2, 3):
-        assert np.array_equal(flips(epoch, alternating_flip=True), first ^ (epoch % 2 == 1))
-    assert np.array_equal(flips(1, [7, 2], alternating_flip=True), ~first[[7, 2]])
-
-
 def test_cutout_blanks_a_square_centred_on_any_pixel() -> None:
     n, size = 4000, 7
     before = np.full((n, 24, 32, 1), 200, np.uint8)
@@ -312,7 +284,6 @@ def test_mixing_changes_what_is_trained() -> None:
 def test_the_same_bits_in_a_tree() -> None:
     config = tree_config(
         'norm_dropout',
-        alternating_flip=True,
         **{k: v for k, v in EVERYTHING.items() if not k.startswith('random_c') and k != 'random_flip'},
     )
     assert not different(train_tree(config, 4, 6), train_tree(config, 1, 6))
@@ -323,11 +294,6 @@ def test_a_shard_of_one_example_has_no_partner(field: str) -> None:
     config = make_config('linear', shards=32, **{field: 0.2})
     with pytest.raises(UserError, match=rf'config.{field}=0.2: .* at least 64'):
         make_plan(config, 96, 1, 1)
-
-
-def test_two_kinds_of_flip_are_refused() -> None:
-    with pytest.raises(UserError, match='config.alternating_flip=True: .*random_flip=True; take one'):
-        check_augmentation(make_config('linear', random_flip=True, alternating_flip=True))
 
 
 @pytest.mark.parametrize('field', ['cutout_size', 'random_crop_padding'])

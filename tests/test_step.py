@@ -312,11 +312,16 @@ def test_augmentation_belongs_to_the_example() -> None:
 
     def augmented(examples: list[int], epoch: int) -> np.ndarray:
         keys = augment.example_keys(key, jnp.int32(epoch), jnp.asarray(examples))
-        return np.asarray(augment.random_crop(images[jnp.asarray(examples)], keys, 3, augment.mirrored(keys)))
+        return np.asarray(augment.random_crop_and_flip(images[jnp.asarray(examples)], keys, 3, True))
 
     together = augmented(list(range(12)), 0)
     assert np.array_equal(together[[7, 2]], augmented([7, 2], 0))
     assert not np.array_equal(together, augmented(list(range(12)), 1))
+    keys = augment.example_keys(key, jnp.int32(0), jnp.arange(12))
+    flipped = np.asarray(augment.random_crop_and_flip(images, keys, 0, True))
+    same = [np.array_equal(a, b) for a, b in zip(flipped, images, strict=True)]
+    mirrored = [np.array_equal(a, b[:, ::-1]) for a, b in zip(flipped, images, strict=True)]
+    assert 0 < sum(same) < 12 and sum(same) + sum(mirrored) == 12
     # Every result is one of the crops of the padded image, mirrored or not.
     padded = np.pad(np.asarray(images), ((0, 0), (3, 3), (3, 3), (0, 0)))
     for image, result in zip(padded, together, strict=True):
