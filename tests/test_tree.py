@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +22,7 @@ from parallel_train.schedule import create_learning_rate_fn
 from parallel_train.state import initialise, saved_parts
 from parallel_train.step import make_train_step
 from parallel_train.tree import add_as_tree
+from tests.conftest import Job, run_ok
 from tests.test_step import make_config, make_split
 
 start_devices(8)
@@ -94,6 +98,18 @@ def test_shards_must_be_a_power_of_two(shards: int) -> None:
     config = make_config('linear', reduction='tree', shards=shards, batch_size=96)
     with pytest.raises(UserError, match=f'config.shards={shards}: must be a power of two'):
         make_plan(config, 96, 96, 4)
+
+
+@pytest.mark.slow
+def test_the_same_bits_on_many_devices_of_one_process(job: Job, tmp_path: Path) -> None:
+    """Where each has two threads in XLA's pool, whose size changes bits."""
+    flags = ['--config.shards=16', '--config.reduction=tree', '--config.num_epochs=0.4']
+    said = [run_ok(*job.train(tmp_path / f'{n}', *flags, devices=n), env=job.env).stdout for n in (2, 16)]
+    digests = {re.findall(r'^sha256 of the parameters: (\w{64})$', text, re.MULTILINE)[0] for text in said}
+    assert len(digests) == 1, said
+    for n in (2, 16):
+        environment = json.loads((tmp_path / f'{n}' / 'environment.json').read_text())
+        assert environment['threads of XLA (CPU)'] == '32'
 
 
 def test_gpus_without_deterministic_kernels_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
