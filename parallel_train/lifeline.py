@@ -63,7 +63,7 @@ class Lifeline:
         self._lock = threading.Lock()  # held while the processes agree, so that `tick` waits
         self._ticks, self._moved = 0, time.monotonic()
         self._passed = 0  # moments, and places between two of them: who has passed the fewest is behind
-        self._started, self._awaits = False, ('no step', 1.0)  # what a stall lacks, times --stall_timeout
+        self._awaits = ('no step', math.inf)  # what a stall lacks, after how many times --stall_timeout
         self._report_only = False
         self._due: tuple[int, str] | None = None  # (tick, what)
         self._round, self._told_ticks, self._over = 0, False, False
@@ -98,7 +98,8 @@ class Lifeline:
 
     def start(self) -> None:
         """From now on the main thread is to pass moments."""
-        self._started, self._moved = True, time.monotonic()
+        self._moved = time.monotonic()
+        self._awaits = ('no step', 1.0)
 
     def save_every(self, seconds: float) -> None:
         """From now on all processes are to save every so many seconds; 0 for not at all."""
@@ -114,8 +115,8 @@ class Lifeline:
 
     @contextlib.contextmanager
     def _awaiting(self, end: str, times: float) -> Iterator[None]:
+        self._moved = time.monotonic()  # first, as `_watch` reads it last: else what was slow before counts
         before, self._awaits = self._awaits, (end, times)
-        self._moved = time.monotonic()
         try:
             yield
         finally:
@@ -186,8 +187,8 @@ class Lifeline:
                 self._nobody_hears = True  # so there is nobody to take leave of
                 self._end(f'process 0, the coordinator, is gone or hangs: no answer for {silent:.0f} s')
             (lacking, times), still = self._awaits, now - self._moved
-            self._timer.set(times * limits.stall_timeout if self._started else 0)
-            if self._started and still > times * limits.stall_timeout > 0:
+            self._timer.set(times * limits.stall_timeout)
+            if still > times * limits.stall_timeout > 0:
                 self.fail(f'{self._furthest_behind()} hangs: {lacking} for {still:.0f} s')
 
     def _furthest_behind(self) -> str:

@@ -94,7 +94,8 @@ def train_and_evaluate(
             open_checkpoints(workdir, keep, say=say, snapshots=plan.snapshot_steps)
         )
         plan.check_reaches(checkpoints.latest_step() or 0)
-        state = starting_state(job.config, plan, mesh, checkpoints, skip_nonfinite)
+        with lifeline.longer('restore'):
+            state = starting_state(job.config, plan, mesh, checkpoints, skip_nonfinite)
         start = lifeline.completed = int(state.step)
         say(plan_table(plan, job.config, job.sizes.source))  # nothing is refused any more
         # Of process 0, as another may not see yet what a network file system was given.

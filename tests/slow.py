@@ -5,6 +5,7 @@
 are slow, and told.
 `disk`: the checkpoint of the first NUMBER steps takes 20 seconds.
 `dead_disk`: it is never whole, and a save may take no longer than twice --stall_timeout.
+`dead_restore`: the latest checkpoint cannot be read to its end.
 `lock`: the loader of batch NUMBER hangs in C code that keeps Python's lock (the GIL).
 `report`: it is told when the report is begun, which takes NUMBER seconds longer.
 `files`: process NUMBER does not see the report yet, as on a network file system.
@@ -24,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parallel_train import batches, cli, commands, ending, evaluate, lifeline, processes
+from parallel_train import batches, checkpoint, cli, commands, ending, evaluate, lifeline, processes
 from parallel_train import train as train_lib
 
 BATCH, STEP = 'a batch of the evaluation', 'a step while the checkpoint is not whole'
@@ -88,6 +89,11 @@ def dead_disk(step: int) -> None:
     slow_disk(step, 10_000.0)
 
 
+def dead_restore(_: int) -> None:
+    lifeline._LONGER = 2.0
+    checkpoint.Checkpoints.restore_latest = lambda *args: time.sleep(10_000)
+
+
 def dead_lock(batch: int) -> None:
     ending._MARGIN = 4.0
     gather, calls = batches.gather, itertools.count()
@@ -147,6 +153,7 @@ PLACES = {
     'save': slow_save,
     'disk': slow_disk,
     'dead_disk': dead_disk,
+    'dead_restore': dead_restore,
     'lock': dead_lock,
     'report': slow_report,
     'files': slow_files,

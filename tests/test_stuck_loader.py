@@ -66,6 +66,14 @@ def test_a_save_that_never_ends_is_noticed(processes: int, job: Job, tmp_path: P
 
 
 @pytest.mark.slow
+def test_a_restore_that_never_ends_is_noticed(job: Job, tmp_path: Path) -> None:
+    [result] = run_slow('dead_restore', 1, job, tmp_path)
+    assert result.code == 1, result
+    assert 'error: process 0 ' in result.stderr and 'hangs: no end of the restore for' in result.stderr
+    assert 'train.py' in result.stderr  # where it stood
+
+
+@pytest.mark.slow
 def test_a_loader_that_hangs_with_pythons_lock_is_noticed(job: Job, tmp_path: Path) -> None:
     """No thread of Python runs any more: nothing is said but the stacks."""
     train = job.train(tmp_path / 'run', '--config.data_placement=host', '--stall_timeout=6', devices=2)
