@@ -18,6 +18,7 @@ from tests.pictures import write_folder
 from tests.test_idx import NAMES, idx_bytes, write_set
 
 os.environ.setdefault('EPATH_USE_TF', 'false')  # gs:// by gcsfs, whichever test imports epath first
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # where there is no TPU, libtpu says so on stderr
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_EXAMPLES, EVAL_EXAMPLES = 1200, 300
