@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parallel_train import damage, processes
-from parallel_train.damage import Damaged, first_line
+from parallel_train.damage import Damaged, first_line, full_disk
 from parallel_train.errors import UserError
 from parallel_train.files import move_folder
 from parallel_train.kept import KeepLatestAndBest, open_manager, quiet_orbax
@@ -67,7 +67,13 @@ def open_checkpoints(
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
+
+    Attributes:
+      problem: why the last save was not written; '' if it was.
+    """
+
+    problem = ''
 
     def __init__(
         self,
@@ -151,15 +157,12 @@ class Checkpoints:
             except Exception as error:  # of many kinds, from Orbax and TensorStore
                 if processes.exchange_failed(error):  # not the disk: another process is gone
                     raise
-                problem = first_line(error)
+                problem = full_disk(error, self._workdir) or first_line(error)
         # A save may take longer than any exchange; whether process 0 still lives is the lifeline's question.
-        problem = processes.share(lambda: problem, timeout=_A_DAY)
+        problem = self.problem = processes.share(lambda: problem, timeout=_A_DAY)
         if not problem:
             return True
-        self._say(
-            f'warning: the checkpoint of step {self._saving} could not be written ({problem}); '
-            'training goes on'
-        )
+        self._say(f'warning: the checkpoint of step {self._saving} could not be written: {problem}')
         with contextlib.suppress(Exception):
             self._manager.close()
         if processes.is_first():
@@ -197,9 +200,8 @@ class Checkpoints:
             step, steps = max(problems), ', '.join(map(str, sorted(problems)))
             raise UserError(
                 f'workdir={str(self._workdir)!r}: none of its checkpoints, {steps}, '
-                'holds the arrays of this config.model, config.optimizer and config.ema_decay, or they are '
-                f'damaged; name '
-                f'another workdir ({problems[step]})'
+                f'can be restored ({problems[step]}): they are damaged, or hold other arrays than this '
+                'config.model, config.optimizer and config.ema_decay have; name another workdir'
             )
         return None
 

@@ -6,9 +6,13 @@ is short, or a disk or a store does not answer, nothing is known of what was sav
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -64,8 +68,21 @@ def _may_pass(error: BaseException | None) -> bool:
     return False
 
 
+def full_disk(error: BaseException | None, folder: Path) -> str:
+    """Returns that the disk of `folder` is full, if that is what an error of writing says; else ''."""
+    while error is not None:
+        no_space = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if no_space or os.strerror(errno.ENOSPC) in str(error):
+            free = shutil.disk_usage(folder).free
+            return f'the disk of {folder} is full: {free / 1e6:,.1f} MB free'
+        error = error.__cause__ or error.__context__
+    return ''
+
+
 def first_line(error: Exception) -> str:
     """Returns an error's message in a line."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     # What follows is of use to those alone who debug TensorStore.
-    return re.split(r'\. See full TensorStore| \[(?:tensorstore_spec|source locations)=', line)[0][:300]
+    return re.split(r'\. See full TensorStore| \[(?:tensorstore_spec|source locations)(?:\[\d+\])?=', line)[
+        0
+    ][:300]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def open_manager(
         # threads wait ten minutes for another of them to make a folder that cannot be made.
         async_options=ocp.AsyncOptions(timeout_secs=_YEARS, create_directories_asynchronously=False),
     )
+    _quiet_late_answers()
     if not read_only:
         directory.mkdir(parents=True, exist_ok=True)
     with quiet_orbax():  # else it warns of what `read_only` means
@@ -41,6 +43,27 @@ def open_manager(
         # whose deletion was cut short, how to read all of them.
         handler = ocp.StandardCheckpointHandler(multiprocessing_options=here)
         return ocp.CheckpointManager(directory, options=options, item_handlers=handler)
+
+
+def _quiet_late_answers() -> None:
+    """Keeps from stderr what follows from an error that Orbax raised already.
+
+    It reads and writes arrays together, and gives up at the first that fails. The answers for the others
+    then come to a closed event loop, and TensorStore's threads print a traceback for each.
+    """
+    shown = sys.unraisablehook
+    if getattr(shown, 'without_late_answers', False):
+        return
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        trace = unraisable.exc_traceback
+        # The outermost frame is asyncio's: nothing of ours called it.
+        late = trace and trace.tb_frame.f_code.co_name == 'call_soon_threadsafe'
+        if not (late and unraisable.exc_type is RuntimeError):
+            shown(unraisable)
+
+    hook.without_late_answers = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

@@ -242,7 +242,11 @@ def save_for_good(state: TrainState, run: Run) -> None:
     if not is_saved(run):
         save(state, run)
         if not is_saved(run):
-            raise OSError(f'the checkpoint of step {run.step} could not be written; see the warnings above')
+            why = run.checkpoints.problem or 'see the warnings before'
+            raise OSError(
+                f'the checkpoint of step {run.step} could not be written: {why}; the same command '
+                'goes on from the one before'
+            )
 
 
 def is_saved(run: Run) -> bool:

@@ -209,6 +209,21 @@ def test_nothing_is_changed_where_all_checkpoints_are_damaged(
     assert files_of(workdir) == before
 
 
+def test_damage_of_every_array_at_once_is_said_in_a_line(
+    tiny_job: Job, undisturbed: Path, tmp_path: Path
+) -> None:
+    """TensorStore's threads answer for each array, also after Orbax gave up at the first."""
+    workdir = copy(undisturbed, tmp_path / 'run')
+    manifests = list(workdir.glob('checkpoints/*/default/manifest.ocdbt'))
+    assert len(manifests) == 3
+    for manifest in manifests:
+        manifest.unlink()
+    result = run_cli(*tiny_job.train(workdir), env=tiny_job.env)
+    assert result.code == 2 and 'none of its checkpoints, 42, 48, 50,' in result.stderr, result
+    assert result.stderr.startswith('error: ') and result.stderr.count('\n') == 1, result
+    assert 'tensorstore_spec' not in result.stderr
+
+
 def test_a_damaged_checkpoint_is_not_evaluated_or_loaded(
     tiny_job: Job, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -395,7 +410,7 @@ def test_a_disk_that_stays_full_ends_several_processes_with_an_error(
     with training_until_full(slow_job, small_disk, tmp_path, 2, TREE) as job:
         results = job.results()
     assert [result.code for result in results] == [1, 1], results
-    words = 'the checkpoint of step 600 could not be written'
+    words = 'the checkpoint of step 600 could not be written: the disk of '
     assert all(words in result.stderr.splitlines()[-1] for result in results), results
     rows, want = without_timing(read_rows(workdir)), without_timing(read_rows(slow_tree))
     assert rows == want[: len(rows)]
@@ -466,7 +481,7 @@ def test_a_workdir_that_is_removed_ends_the_run(slow_job: Job, tmp_path: Path) -
         job.close()
     assert result.code == 1, result
     last = result.stderr.splitlines()[-1]
-    assert 'metrics.jsonl was removed while the run goes on' in last, result.stderr
+    assert 'metrics.jsonl was removed during the run' in last, result.stderr
     shutil.rmtree(workdir, ignore_errors=True)
     (tmp_path / 'elsewhere').rename(workdir)  # put back, it goes on
     result = run_ok(
