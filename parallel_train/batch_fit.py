@@ -50,7 +50,7 @@ def _check_shards(config: Any, turns: int, product: str) -> None:
     if shards and shards % turns:
         raise UserError(
             f'config.shards={shards}: must be a multiple of devices × accumulation_steps = {product}, or 0 '
-            f'for exactly that many; {_near_multiples(shards, turns)}'
+            f'for exactly that many; {_near_shards(config, turns)}'
         )
     if tree and config.optimizer == 'muon':
         raise UserError(
@@ -104,6 +104,28 @@ def _check_batch(config: Any, turns: int, product: str, num_train_examples: int)
             f'config.batch_size={batch_size}: is larger than the train split, which holds '
             f'{num_train_examples} examples; {near}'
         )
+
+
+def _near_shards(config: Any, turns: int) -> str:
+    """Returns what to do about shards that so many turns do not divide: one that the batch allows too."""
+    shards, batch_size = config.shards, config.batch_size
+    devices = turns // config.accumulation_steps
+    fewer = [n for n in range(1, devices) if shards % (n * config.accumulation_steps) == 0]
+    instead = f'; or use fewer devices: {fewer[-1]}' if fewer and batch_size % shards == 0 else ''
+    if batch_size % turns:
+        near = _near_multiples(shards, turns)
+        least = -(-shards // turns) * turns
+        batch = -(-batch_size // least) * least
+        return (
+            f'{near}, which batch_size={batch_size} must be a multiple of too: shards={least} '
+            f'with {batch}{instead}'
+        )
+    allowed = [n for n in range(turns, batch_size + 1, turns) if batch_size % n == 0]
+    near = [*[n for n in allowed if n < shards][-1:], *[n for n in allowed if n > shards][:1]]
+    return (
+        f'nearest that {"are, and divide" if len(near) > 1 else "is, and divides"} batch_size={batch_size}: '
+        f'{", ".join(map(str, near))}{instead}'
+    )
 
 
 def _near_multiples(value: int, of: int, at_most: float = math.inf) -> str:

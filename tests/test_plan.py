@@ -159,7 +159,7 @@ def test_clamped_decay_is_said_loudly() -> None:
         ({'batch_size': 100}, 8, ['batch_size=100', '8 × 1', '96, 104']),
         ({'batch_size': 5}, 8, ['batch_size=5', 'nearest that is: 8']),
         ({'batch_size': 64, 'accumulation_steps': 3}, 2, ['batch_size=64', '2 × 3', '60, 66']),
-        ({'batch_size': 64, 'shards': 4}, 8, ['shards=4', '8 × 1', 'nearest that is: 8']),
+        ({'batch_size': 64, 'shards': 4}, 8, ['shards=4', '8 × 1', 'and divides batch_size=64: 8']),
         ({'batch_size': 60, 'shards': 8}, 4, ['batch_size=60', 'shards=8', '56, 64']),
         ({'batch_size': 50, 'shards': 8}, 4, ['batch_size=50', '4 × 1', 'shards=8', '48, 56']),
         ({'batch_size': 1203, 'shards': 32}, 1, ['batch_size=1203', 'nearest that is: 1184']),
