@@ -269,7 +269,7 @@ def _show(cause: Process, supervisor: Supervisor) -> None:
         {128 + number for number in (*supervisor.signals, signal.SIGTERM)} if supervisor.signals else set()
     )
     if cause.code == PREEMPTED or cause.code in stopped:
-        output.say(f'{cause.how_it_ended()}; the same command continues from the last checkpoint')
+        output.say(f'{cause.how_it_ended()}; the same command continues from the last checkpoint, if any')
     elif not cause.last_errors:
         output.say(f'{cause.how_it_ended()}; it wrote nothing to stderr')
     else:

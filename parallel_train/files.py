@@ -139,7 +139,7 @@ class Growing:
     def flush(self) -> str:
         """Writes what waits; see `append`."""
         if not self._path.exists():  # else it would go where nobody finds it
-            raise FileNotFoundError(f'{self._path} was removed while the run goes on')
+            raise FileNotFoundError(f'{self._path} was removed during the run')
         try:
             if self._file.seek(0, os.SEEK_END) > self._size:
                 self._file.truncate(self._size)

@@ -140,7 +140,8 @@ class Recorder:
     def _check(self, sums: dict[str, float], step: int) -> None:
         skipped = round(sums['skipped'])
         if skipped > self._may_skip:
-            raise Diverged('training diverged: loss or gradient is not finite', frozen=True)
+            after = f', after {self._may_skip} such steps were skipped' if self._may_skip else ''
+            raise Diverged(f'training diverged: loss or gradient is not finite{after}', frozen=True)
         if skipped > self._skipped:
             self._progress.say(
                 f'warning: {skipped} of at most {self._may_skip} steps skipped, the last up to step {step}: '
