@@ -21,19 +21,18 @@ def get_config() -> config_dict.ConfigDict:
     config.model = 'fast_net'
     config.label_smoothing = 0.1
 
-    config.batch_size = 128
-    config.shards = 4  # BatchNorm over 32 examples
-    config.num_epochs = 7.2
+    config.batch_size = 256
+    config.shards = 4  # BatchNorm over 64 examples
+    config.num_epochs = 5.6
 
     config.schedule = 'linear'
-    config.learning_rate = 0.2
-    config.warmup_epochs = 1.0
-    config.warmup_learning_rate = 0.02
-    config.optimizer = 'sgd'
+    config.learning_rate = 0.05
+    config.warmup_epochs = 0.3
+    config.warmup_learning_rate = 0.0
+    config.optimizer = 'muon'
     config.momentum = 0.9
-    config.nesterov = True
-    config.weight_decay = 5e-4
-    config.ema_decay = 0.995
+    config.weight_decay = 0.1
+    config.ema_decay = 0.99
 
     config.random_flip = True
     config.pixel_mean = (0.286,)  # of the train images
