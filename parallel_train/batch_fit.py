@@ -22,9 +22,15 @@ def check_fit(
     """
     _check_counts(config, num_train_examples, num_eval_examples, devices, processes)
     turns = devices * config.accumulation_steps
-    _check_shards(config, turns, f'{devices} × {config.accumulation_steps} = {turns}')
+    product = f'{devices} × {config.accumulation_steps} = {turns}'
+    if config.shards and config.shards % turns:
+        raise UserError(
+            f'config.shards={config.shards}: must be a multiple of devices × accumulation_steps = {product}, '
+            f'or 0 for exactly that many; {_near_shards(config, turns, processes, num_train_examples)}'
+        )
+    _check_tree(config, turns)
     _check_exchange(config)
-    _check_batch(config, turns, f'{devices} × {config.accumulation_steps} = {turns}', num_train_examples)
+    _check_batch(config, turns, product, num_train_examples)
 
 
 def mixes(config: Any) -> bool:
@@ -45,19 +51,14 @@ def _check_counts(
             raise UserError(f'config.dataset={config.dataset!r}: split {split!r} holds no examples')
 
 
-def _check_shards(config: Any, turns: int, product: str) -> None:
+def _check_tree(config: Any, turns: int) -> None:
     shards, tree = config.shards, config.reduction == 'tree'
-    if shards and shards % turns:
-        raise UserError(
-            f'config.shards={shards}: must be a multiple of devices × accumulation_steps = {product}, or 0 '
-            f'for exactly that many; {_near_shards(config, turns)}'
-        )
     if tree and config.optimizer == 'muon':
         raise UserError(
             "config.optimizer='muon': its bits were seen to depend on the number of devices, which they must "
             "not with config.reduction='tree'; use pmean, or another optimizer"
         )
-    if tree and (shards < 1 or shards & (shards - 1)):
+    if tree and not _is_power_of_two(shards):
         raise UserError(
             f"config.shards={shards}: must be a power of two with config.reduction='tree', which adds the "
             f'shards in a binary tree; such as {1 << max(turns - 1, 0).bit_length()}'
@@ -106,26 +107,33 @@ def _check_batch(config: Any, turns: int, product: str, num_train_examples: int)
         )
 
 
-def _near_shards(config: Any, turns: int) -> str:
-    """Returns what to do about shards that so many turns do not divide: one that the batch allows too."""
-    shards, batch_size = config.shards, config.batch_size
-    devices = turns // config.accumulation_steps
-    fewer = [n for n in range(1, devices) if shards % (n * config.accumulation_steps) == 0]
-    instead = f'; or use fewer devices: {fewer[-1]}' if fewer and batch_size % shards == 0 else ''
-    if batch_size % turns:
-        near = _near_multiples(shards, turns)
-        least = -(-shards // turns) * turns
-        batch = -(-batch_size // least) * least
-        return (
-            f'{near}, which batch_size={batch_size} must be a multiple of too: shards={least} '
-            f'with {batch}{instead}'
-        )
-    allowed = [n for n in range(turns, batch_size + 1, turns) if batch_size % n == 0]
-    near = [*[n for n in allowed if n < shards][-1:], *[n for n in allowed if n > shards][:1]]
-    return (
-        f'nearest that {"are, and divide" if len(near) > 1 else "is, and divides"} batch_size={batch_size}: '
-        f'{", ".join(map(str, near))}{instead}'
-    )
+def _near_shards(config: Any, turns: int, processes: int, num_train_examples: int) -> str:
+    """Returns what to do about shards that `turns` do not divide: advice that nothing else refuses."""
+    batch_size, least = config.batch_size, 2 if mixes(config) else 1
+
+    def allowed(shards: int) -> bool:
+        divides = batch_size % shards == 0 and least * shards <= batch_size <= num_train_examples
+        return divides and (config.reduction != 'tree' or _is_power_of_two(shards))
+
+    near = [n for n in range(turns, batch_size + 1, turns) if allowed(n)]
+    near = [*[n for n in near if n < config.shards][-1:], *[n for n in near if n > config.shards][:1]]
+    fewer = [
+        n
+        for n in range(processes, turns // config.accumulation_steps, processes)
+        if config.shards % (n * config.accumulation_steps) == 0 and allowed(config.shards)
+    ]
+    ways = [f'use fewer devices: {fewer[-1]}'] if fewer else []
+    if near:
+        form = 'are, and divide' if len(near) > 1 else 'is, and divides'
+        ways.insert(0, f'nearest that {form} batch_size={batch_size}: {", ".join(map(str, near))}')
+    elif least * turns <= num_train_examples and (config.reduction != 'tree' or _is_power_of_two(turns)):
+        batch = max(min(batch_size, num_train_examples) // turns, least) * turns
+        ways.append(f'use shards={turns} with batch_size={batch}')
+    return ', or '.join(ways) or 'use fewer devices or accumulation_steps'
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
 
 
 def _near_multiples(value: int, of: int, at_most: float = math.inf) -> str:

@@ -70,7 +70,7 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Attributes:
-      problem: why the last save was not written; '' if it was.
+      problem: why the last save was not written; '' if it was, or may still be.
     """
 
     problem = ''
@@ -130,7 +130,7 @@ class Checkpoints:
           False if the disk did not take it: said, and to be tried again later.
         """
         self.wait()
-        self._saving = step
+        self._saving, self.problem = step, ''
         beside = {_FINGERPRINTS: fingerprints}
 
         def begin() -> None:
@@ -159,9 +159,10 @@ class Checkpoints:
                     raise
                 problem = full_disk(error, self._workdir) or first_line(error)
         # A save may take longer than any exchange; whether process 0 still lives is the lifeline's question.
-        problem = self.problem = processes.share(lambda: problem, timeout=_A_DAY)
+        problem = processes.share(lambda: problem, timeout=_A_DAY)
         if not problem:
             return True
+        self.problem = problem
         self._say(f'warning: the checkpoint of step {self._saving} could not be written: {problem}')
         with contextlib.suppress(Exception):
             self._manager.close()

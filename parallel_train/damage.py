@@ -6,6 +6,7 @@ is short, or a disk or a store does not answer, nothing is known of what was sav
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -69,12 +70,14 @@ def _may_pass(error: BaseException | None) -> bool:
 
 
 def full_disk(error: BaseException | None, folder: Path) -> str:
-    """Returns that the disk of `folder` is full, if that is what an error of writing says; else ''."""
+    """Returns that the disk of `folder` has no room, if that is what an error of writing says; else ''."""
     while error is not None:
         no_space = isinstance(error, OSError) and error.errno == errno.ENOSPC
         if no_space or os.strerror(errno.ENOSPC) in str(error):
-            free = shutil.disk_usage(folder).free
-            return f'the disk of {folder} is full: {free / 1e6:,.1f} MB free'
+            free = ''
+            with contextlib.suppress(OSError):  # the folder may be gone by now
+                free = f' ({shutil.disk_usage(folder).free / 1e6:,.1f} MB free)'
+            return f'the disk of {folder} has no room left{free}'
         error = error.__cause__ or error.__context__
     return ''
 

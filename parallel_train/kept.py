@@ -59,7 +59,7 @@ def _quiet_late_answers() -> None:
         trace = unraisable.exc_traceback
         # The outermost frame is asyncio's: nothing of ours called it.
         late = trace and trace.tb_frame.f_code.co_name == 'call_soon_threadsafe'
-        if not (late and unraisable.exc_type is RuntimeError):
+        if not (late and str(unraisable.exc_value) == 'Event loop is closed'):
             shown(unraisable)
 
     hook.without_late_answers = True  # type: ignore[attr-defined]

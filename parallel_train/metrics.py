@@ -69,14 +69,14 @@ class MetricsLog:
             self._warn_of(self._file.append((json.dumps(row, allow_nan=False) + '\n').encode()))
             self._events.append(events.of_row(row))
 
-    def sync(self) -> bool:
-        """Returns True once every row is on disk; False if the disk does not take them."""
+    def sync(self) -> str:
+        """Returns '' once every row is on disk; if the disk does not take them, why."""
         if not self._active:
-            return True
+            return ''
         problem = self._file.sync()
         self._events.sync()
         self._warn_of(problem)
-        return not problem
+        return problem and f'{METRICS}: {problem}'
 
     def _warn_of(self, problem: str) -> None:
         if problem and not self._warned:  # once for as long as it lasts

@@ -132,10 +132,10 @@ class Recorder:
         if not bool(_all_finite((state.params, state.opt_state, state.batch_stats))):
             raise Diverged(f'training diverged: the state after step {int(state.step)} is not finite')
 
-    def sync(self) -> bool:
-        """Returns True once every row written is on disk; False if the disk does not take them."""
+    def sync(self) -> str:
+        """Returns '' once every row written is on disk; if the disk does not take them, why."""
         # Process 0 alone writes, and all do the same. How slow its disk may be is the lifeline's question.
-        return bool(processes.share(self._log.sync, timeout=_A_DAY))
+        return processes.share(self._log.sync, timeout=_A_DAY)
 
     def _check(self, sums: dict[str, float], step: int) -> None:
         skipped = round(sums['skipped'])
