@@ -115,13 +115,17 @@ def _near_shards(config: Any, turns: int, processes: int, num_train_examples: in
         divides = batch_size % shards == 0 and least * shards <= batch_size <= num_train_examples
         return divides and (config.reduction != 'tree' or _is_power_of_two(shards))
 
-    near = [n for n in range(turns, batch_size + 1, turns) if allowed(n)]
+    # Numbers may be of any size here, so what is tried is bounded by the examples there are.
+    near = [n for n in range(turns, min(batch_size, num_train_examples) + 1, turns) if allowed(n)]
     near = [*[n for n in near if n < config.shards][-1:], *[n for n in near if n > config.shards][:1]]
-    fewer = [
-        n
-        for n in range(processes, turns // config.accumulation_steps, processes)
-        if config.shards % (n * config.accumulation_steps) == 0 and allowed(config.shards)
-    ]
+    fewer: list[int] = []
+    if allowed(config.shards):
+        most = min(turns - 1, config.shards) // config.accumulation_steps
+        fewer = [
+            n
+            for n in range(processes, most + 1, processes)
+            if config.shards % (n * config.accumulation_steps) == 0
+        ]
     ways = [f'use fewer devices: {fewer[-1]}'] if fewer else []
     if near:
         form = 'are, and divide' if len(near) > 1 else 'is, and divides'

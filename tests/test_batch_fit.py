@@ -51,3 +51,19 @@ def test_every_advice_on_shards_is_accepted(config: Any) -> None:
             taken['both'] += 1
         taken['none'] += advice == 'use fewer devices or accumulation_steps'
     assert all(taken.values()), taken
+
+
+@pytest.mark.parametrize('field', ['devices', 'batch_size', 'shards', 'accumulation_steps'])
+def test_advice_on_a_number_beyond_counting_comes_at_once(config: Any, field: str) -> None:
+    fields = {
+        'batch_size': 64,
+        'shards': 12,
+        'accumulation_steps': 1,
+        'reduction': 'pmean',
+        'mixup_alpha': 0.0,
+    }
+    devices = 10**20 if field == 'devices' else 8
+    if field != 'devices':
+        fields[field] = 10**20 + 2
+    with pytest.raises(UserError, match='exactly that many; '):
+        check(config, (devices, 1), **fields)
