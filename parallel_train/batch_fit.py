@@ -111,26 +111,26 @@ def _near_shards(config: Any, turns: int, processes: int, num_train_examples: in
     """Returns what to do about shards that `turns` do not divide: advice that nothing else refuses."""
     batch_size, least = config.batch_size, 2 if mixes(config) else 1
 
+    def adds_up(shards: int) -> bool:
+        return config.reduction != 'tree' or _is_power_of_two(shards)
+
     def allowed(shards: int) -> bool:
         divides = batch_size % shards == 0 and least * shards <= batch_size <= num_train_examples
-        return divides and (config.reduction != 'tree' or _is_power_of_two(shards))
+        return divides and adds_up(shards)
 
     # Numbers may be of any size here, so what is tried is bounded by the examples there are.
     near = [n for n in range(turns, min(batch_size, num_train_examples) + 1, turns) if allowed(n)]
     near = [*[n for n in near if n < config.shards][-1:], *[n for n in near if n > config.shards][:1]]
-    fewer: list[int] = []
-    if allowed(config.shards):
-        most = min(turns - 1, config.shards) // config.accumulation_steps
-        fewer = [
-            n
-            for n in range(processes, most + 1, processes)
-            if config.shards % (n * config.accumulation_steps) == 0
-        ]
-    ways = [f'use fewer devices: {fewer[-1]}'] if fewer else []
+    ways = []
     if near:
         form = 'are, and divide' if len(near) > 1 else 'is, and divides'
-        ways.insert(0, f'nearest that {form} batch_size={batch_size}: {", ".join(map(str, near))}')
-    elif least * turns <= num_train_examples and (config.reduction != 'tree' or _is_power_of_two(turns)):
+        ways.append(f'nearest that {form} batch_size={batch_size}: {", ".join(map(str, near))}')
+    if allowed(config.shards):
+        most = min(turns - 1, config.shards) // config.accumulation_steps
+        counts = range(processes, most + 1, processes)
+        fewer = [n for n in counts if config.shards % (n * config.accumulation_steps) == 0]
+        ways += [f'use fewer devices: {n}' for n in fewer[-1:]]
+    if not near and adds_up(turns) and least * turns <= num_train_examples:
         batch = max(min(batch_size, num_train_examples) // turns, least) * turns
         ways.append(f'use shards={turns} with batch_size={batch}')
     return ', or '.join(ways) or 'use fewer devices or accumulation_steps'

@@ -1,7 +1,8 @@
 """Is a checkpoint damaged, or can it not be read just now?
 
 Damage is what checksums or parsing show, or that something is not there. Where files cannot be opened, memory
-is short, or a disk or a store does not answer, nothing is known of what was saved.
+is short, or a disk or a store does not answer, nothing is known of what was saved. And what does an error
+say, in a line?
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +28,8 @@ _STATUS = re.compile(
     r'(ABORTED|CANCELLED|DEADLINE_EXCEEDED|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE|'
     r'UNKNOWN)\b'
 )
+# What follows in them is of use to those alone who debug TensorStore.
+_FOR_DEBUGGING = re.compile(r'\. See full TensorStore| \[(?:tensorstore_spec|source locations)(?:\[\d+\])?=')
 _CLIENTS = ('aiohttp', 'gcsfs', 'google', 'requests', 'urllib3')  # of object stores
 
 
@@ -56,36 +59,38 @@ def read(what: str, reading: Callable[[], Content]) -> Content:
     raise AssertionError
 
 
-def _may_pass(error: BaseException | None) -> bool:
+def _may_pass(failure: BaseException) -> bool:
     """Whether an error, or what led to it, is one of resources, input or output, not of what is read."""
-    while error is not None:
+    for error in _led_to(failure):
         if isinstance(error, OSError) and not isinstance(error, _NOT_THERE):
             return True
         if isinstance(error, _RESOURCES) or _STATUS.match(str(error)):
             return True
         if type(error).__module__.partition('.')[0] in _CLIENTS and getattr(error, 'code', None) != 404:
             return True
-        error = error.__cause__ or error.__context__
     return False
 
 
-def full_disk(error: BaseException | None, folder: Path) -> str:
-    """Returns that the disk of `folder` has no room, if that is what an error of writing says; else ''."""
+def _led_to(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what led to it, the latest first."""
     while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def full_disk(failure: BaseException, folder: Path) -> str:
+    """Returns that the disk of `folder` has no room, if that is what an error of writing says; else ''."""
+    for error in _led_to(failure):
         no_space = isinstance(error, OSError) and error.errno == errno.ENOSPC
         if no_space or os.strerror(errno.ENOSPC) in str(error):
             free = ''
             with contextlib.suppress(OSError):  # the folder may be gone by now
                 free = f' ({shutil.disk_usage(folder).free / 1e6:,.1f} MB free)'
             return f'the disk of {folder} has no room left{free}'
-        error = error.__cause__ or error.__context__
     return ''
 
 
 def first_line(error: Exception) -> str:
     """Returns an error's message in a line."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    # What follows is of use to those alone who debug TensorStore.
-    return re.split(r'\. See full TensorStore| \[(?:tensorstore_spec|source locations)(?:\[\d+\])?=', line)[
-        0
-    ][:300]
+    return _FOR_DEBUGGING.split(line)[0][:300]

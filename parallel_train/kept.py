@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ def open_manager(
         return ocp.CheckpointManager(directory, options=options, item_handlers=handler)
 
 
+@functools.cache  # once a process
 def _quiet_late_answers() -> None:
     """Keeps from stderr what follows from an error that Orbax raised already.
 
@@ -52,8 +54,6 @@ def _quiet_late_answers() -> None:
     then come to a closed event loop, and TensorStore's threads print a traceback for each.
     """
     shown = sys.unraisablehook
-    if getattr(shown, 'without_late_answers', False):
-        return
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
         trace = unraisable.exc_traceback
@@ -62,7 +62,6 @@ def _quiet_late_answers() -> None:
         if not (late and str(unraisable.exc_value) == 'Event loop is closed'):
             shown(unraisable)
 
-    hook.without_late_answers = True  # type: ignore[attr-defined]
     sys.unraisablehook = hook
 
 

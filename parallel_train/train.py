@@ -235,8 +235,7 @@ def save(state: TrainState, run: Run) -> str:
         run.replicas.check(state, run.step)
         fingerprints = run.replicas.settle()
     with run.clock.timed('save'), run.lifeline.longer('save'):
-        problem = run.recorder.sync()
-        if not problem:
+        if not (problem := run.recorder.sync()):
             run.checkpoints.save(run.step, state, fingerprints)
     run.restart_interval()
     return problem
