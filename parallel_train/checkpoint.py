@@ -85,7 +85,7 @@ class Checkpoints:
     ):
         self._workdir, self._keep, self._say, self._snapshots = workdir, keep, say, snapshots
         self._read_only = read_only or not processes.is_first()
-        self._saving: int | None = None  # the step of the last save
+        self._saving = 0  # the step of the last save
         self._accuracy: dict[int, float] = {}  # on the eval split, by step
         self._open()
 
@@ -144,6 +144,11 @@ class Checkpoints:
         self._latest = step
         return True
 
+    def leave_out(self, step: int, problem: str) -> None:
+        """Says, and keeps as `problem`, why there will be no checkpoint of the state after `step` updates."""
+        self.problem = problem
+        self._say(f'warning: the checkpoint of step {step} could not be written: {problem}')
+
     def wait(self) -> bool:
         """Waits until every save is on disk; False if the disk did not take the last one: said."""
         return self._written(lambda: self._manager.wait_until_finished())
@@ -162,8 +167,7 @@ class Checkpoints:
         problem = processes.share(lambda: problem, timeout=_A_DAY)
         if not problem:
             return True
-        self.problem = problem
-        self._say(f'warning: the checkpoint of step {self._saving} could not be written: {problem}')
+        self.leave_out(self._saving, problem)
         with contextlib.suppress(Exception):
             self._manager.close()
         if processes.is_first():

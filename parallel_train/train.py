@@ -221,36 +221,33 @@ def do_what_is_due(state: TrainState, run: Run) -> TrainState:
     return state
 
 
-def save(state: TrainState, run: Run) -> str:
-    """Starts to save a state that is known to be good: its rows on disk, finite, alike on all devices.
-
-    Returns why the disk does not take the rows, without which nothing is saved; '' if it does.
-    """
+def save(state: TrainState, run: Run) -> None:
+    """Starts to save a state that is known to be good: its rows on disk, finite, alike on all devices."""
     run.save_asked = False
     if run.checkpoints.latest_step() == run.step:
-        return ''
+        return
     jax.block_until_ready(state)  # a step that never ends is a stall, also before the first save
     with run.compiling('checks of the state'):
         run.recorder.check(state)
         run.replicas.check(state, run.step)
         fingerprints = run.replicas.settle()
     with run.clock.timed('save'), run.lifeline.longer('save'):
-        if not (problem := run.recorder.sync()):
+        if problem := run.recorder.sync():
+            run.checkpoints.leave_out(run.step, problem)
+        else:
             run.checkpoints.save(run.step, state, fingerprints)
     run.restart_interval()
-    return problem
 
 
 def save_for_good(state: TrainState, run: Run) -> None:
     """Returns once the state is on disk; a disk that did not take it gets a second chance."""
     if not is_saved(run):
-        rows_problem = save(state, run)
+        save(state, run)
         if not is_saved(run):
             last = run.checkpoints.latest_step()
             raise OSError(
-                f'the checkpoint of step {run.step} could not be written: '
-                f'{rows_problem or run.checkpoints.problem}; the same command '
-                f'{f"goes on from that of step {last}" if last else "starts anew"}'
+                f'the checkpoint of step {run.step} could not be written: {run.checkpoints.problem}; '
+                f'the same command {f"goes on from that of step {last}" if last else "starts anew"}'
             )
 
 
