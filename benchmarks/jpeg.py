@@ -90,22 +90,23 @@ def ours(config: Any, data_dir: Path, steps: int) -> Callable[[], int]:
     return stretch
 
 
-def bare(config: Any, data_dir: Path, count: int) -> Callable[[], int]:
-    """Returns a function that decodes and crops `count` images that lie in memory."""
-    import tensorflow as tf
-
+def bare(config: Any, data_dir: Path, steps: int) -> Callable[[], int]:
+    """Returns a function that decodes and crops what `ours` does, of images that lie in memory."""
+    from parallel_train import order
     from parallel_train.dataset import open_split
     from parallel_train.machine import cores
-    from parallel_train.pixels import View, sides_of, windows_of
+    from parallel_train.pixels import View, load_tensorflow, sides_of, windows_of
 
+    tf = load_tensorflow()  # in the threads that it has when training: what starts it first decides
     split = open_split(config, 'train', data_dir, training=True)
     records = split._records(np.arange(len(split)))
     features = {'image': tf.io.FixedLenFeature((), tf.string)}
     images = [tf.io.parse_single_example(record, features)['image'].numpy() for record in records]
     view = View(SIZE, config.crop_fraction, config.seed)
-    indices = np.arange(count) % len(images)
-    sides = np.array([sides_of(images[i]) for i in indices])
-    windows = windows_of(view, sides, np.arange(count), 0)
+    sides = np.array([sides_of(image) for image in images])
+    rows = [*rows_of(config, len(images), steps, order)]
+    indices = np.concatenate([row for _, row in rows])
+    windows = np.concatenate([windows_of(view, sides[row], row, epoch) for epoch, row in rows])
     held = tf.constant(images)
 
     def decode(i: Any, window: Any) -> Any:
@@ -133,7 +134,7 @@ def with_grain(
 
     as_stored = {'image': tfds.decode.SkipDecoding()}
     source = tfds.data_source(config.dataset, split='train', data_dir=data_dir, decoders=as_stored)
-    rows = np.concatenate(list(rows_of(config, len(source), steps, order)))
+    rows = np.concatenate([row for _, row in rows_of(config, len(source), steps, order)])
 
     def load(pair: tuple[int, int]) -> dict[str, np.ndarray]:
         place, example = pair
@@ -153,11 +154,12 @@ def with_grain(
     return stretch
 
 
-def rows_of(config: Any, count: int, steps: int, order: Any) -> Iterator[np.ndarray]:
+def rows_of(config: Any, count: int, steps: int, order: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the epoch and the examples of each step."""
     per_epoch = count // config.batch_size
     for step in range(steps):
         epoch, row = divmod(step, per_epoch)
-        yield order.epoch_batches(config.seed, epoch, count, config.batch_size)[row]
+        yield epoch, order.epoch_batches(config.seed, epoch, count, config.batch_size)[row]
 
 
 def random_window(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -199,7 +201,7 @@ def timed(stretch: Callable[[], int]) -> tuple[float, float]:
 def contestants(config: Any, data_dir: Path, steps: int) -> dict[str, Callable[[], int]]:
     things = {
         'ours': ours(config, data_dir, steps),
-        'bare': bare(config, data_dir, steps * config.batch_size),
+        'bare': bare(config, data_dir, steps),
     }
     for name, package, decode in (('pillow', 'PIL', by_pillow), ('opencv', 'cv2', by_opencv)):
         try:

@@ -57,7 +57,7 @@ class Decoder:
     """
 
     def __init__(self, view: View, at_once: int):
-        tf = _tensorflow()
+        tf = load_tensorflow()
         self._tf, self._view = tf, view
         specs = [tf.TensorSpec([None], tf.string), tf.TensorSpec([None, 4], tf.int32)]
 
@@ -226,7 +226,7 @@ def _draws(seed: int, epoch: int, examples: np.ndarray) -> np.ndarray:
     return (np.array(words).reshape(-1, TRIES, 4) >> np.uint64(11)) * 2.0**-53
 
 
-def _tensorflow() -> Any:
+def load_tensorflow() -> Any:
     """TensorFlow, kept away from the accelerators, and in no more threads than there are cores."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines on what this machine has not
     import tensorflow as tf
