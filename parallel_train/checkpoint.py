@@ -70,10 +70,10 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Attributes:
-      problem: why the last save was not written; '' if it was, or may still be.
+      problem: why the state that was last to be saved is not; '' if it is, or may still be.
     """
 
-    problem = ''
+    problem = _told = ''
 
     def __init__(
         self,
@@ -145,9 +145,15 @@ class Checkpoints:
         return True
 
     def leave_out(self, step: int, problem: str) -> None:
-        """Says, and keeps as `problem`, why there will be no checkpoint of the state after `step` updates."""
-        self.problem = problem
-        self._say(f'warning: the checkpoint of step {step} could not be written: {problem}')
+        """Says why the state after `step` updates is not saved now, once whatever is under way is done."""
+        self.wait()  # what a failed one leaves behind may be what takes the room
+        self._tell(step, problem)
+
+    def _tell(self, step: int, problem: str) -> None:
+        told = f'warning: the checkpoint of step {step} could not be written: {problem}'
+        if told != self._told:  # a second chance may fail as the first did
+            self._say(told)
+        self.problem, self._told = problem, told
 
     def wait(self) -> bool:
         """Waits until every save is on disk; False if the disk did not take the last one: said."""
@@ -167,7 +173,7 @@ class Checkpoints:
         problem = processes.share(lambda: problem, timeout=_A_DAY)
         if not problem:
             return True
-        self.leave_out(self._saving, problem)
+        self._tell(self._saving, problem)
         with contextlib.suppress(Exception):
             self._manager.close()
         if processes.is_first():

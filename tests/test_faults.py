@@ -279,7 +279,7 @@ class SmallDisk:
         enter = ['nsenter', f'--target={self._holder.pid}', '--mount', f'--wd={ROOT}']
         return [*(enter if os.geteuid() == 0 else [*enter, '--user', '--preserve-credentials']), *command]
 
-    def fill(self, leave: int = 0) -> None:
+    def fill(self, leave: int) -> None:
         """Takes all the room there is, but for `leave` bytes."""
         with open(self.path / 'filler', 'ab', buffering=0) as file, contextlib.suppress(OSError):
             while True:
@@ -331,19 +331,27 @@ def slow_tree(tmp_path_factory: pytest.TempPathFactory, slow_job: Job) -> Path:
 
 @contextlib.contextmanager
 def training_until_full(
-    job: Job, disk: SmallDisk, folder: Path, processes: int = 1, *more: str
+    job: Job, disk: SmallDisk, folder: Path, processes: int = 1, *more: str, leave: int = 0
 ) -> Iterator[Processes]:
-    """Trains on 2 devices in `run` on the small disk, which is full from step 50 on."""
+    """Trains on 2 devices in `run` on the small disk, full from step 50 on but for `leave` bytes."""
     where = [f'--coordinator=127.0.0.1:{free_port()}', f'--num_processes={processes}'] * (processes > 1)
     lines = [job.train(disk.inner / 'run', *more, *where) for _ in range(processes)]
     numbered = [[*line, f'--process_id={i}'] if where else line for i, line in enumerate(lines)]
     running = Processes(folder / 'job', [disk.inside(cli(*line)) for line in numbered], job.env)
     try:
         running.wait_until(lambda: max(checkpoint_steps(disk.path / 'run'), default=0) >= 50)
-        disk.fill()
+        disk.fill(leave)
         yield running
     finally:
         running.close()
+
+
+def whole_rows(workdir: Path) -> str:
+    """The rows on a full disk: a part of the next one stands there for as long as it takes to cut it back."""
+    for _ in range(100):
+        if (rows := (workdir / 'metrics.jsonl').read_text()).endswith('\n'):
+            return rows
+    raise AssertionError(rows)
 
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(
@@ -352,9 +360,8 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     workdir = small_disk.path / 'run'
     with training_until_full(slow_job, small_disk, tmp_path) as job:
         job.wait_until(lambda: NO_ROWS in job.outputs())
-        kept = checkpoint_steps(workdir)
-        rows = (workdir / 'metrics.jsonl').read_text()
-        assert rows.endswith('\n') and kept
+        rows = whole_rows(workdir)
+        assert checkpoint_steps(workdir)
         small_disk.make_room()
         [result] = job.results()
         assert result.code == 0, result
@@ -362,6 +369,25 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     assert (workdir / 'metrics.jsonl').read_text().startswith(rows)
     assert_same_end(workdir, slow_undisturbed)
     assert (workdir / 'report.html').exists()
+
+
+@pytest.mark.slow
+def test_a_disk_with_room_for_rows_alone_costs_checkpoints_alone(
+    slow_job: Job, slow_undisturbed: Path, small_disk: SmallDisk, tmp_path: Path
+) -> None:
+    """A checkpoint takes 150 kB, and the rows from one to the next 5."""
+    workdir = small_disk.path / 'run'
+    with training_until_full(slow_job, small_disk, tmp_path, leave=80_000) as job:
+        job.wait_until(lambda: ' could not be written: the disk of ' in job.outputs())
+        rows = whole_rows(workdir)
+        small_disk.make_room()
+        [result] = job.results()
+        assert result.code == 0, result
+    warnings = re.findall('warning: the checkpoint of step .* could not be written: .*', result.stdout)
+    assert warnings and len(warnings) == len(set(warnings)) and ' has no room left (0.' in warnings[0]
+    assert (workdir / 'metrics.jsonl').read_text().startswith(rows)
+    assert not list(workdir.glob('checkpoints/*tmp*'))
+    assert_same_end(workdir, slow_undisturbed)
 
 
 @pytest.mark.slow
@@ -392,8 +418,8 @@ def test_a_disk_that_is_full_for_a_while_costs_several_processes_nothing(
     workdir = small_disk.path / 'run'
     with training_until_full(slow_job, small_disk, tmp_path, 2, TREE) as job:
         job.wait_until(lambda: NO_ROWS in job.outputs())
-        rows = (workdir / 'metrics.jsonl').read_text()
-        assert rows.endswith('\n') and checkpoint_steps(workdir)
+        rows = whole_rows(workdir)
+        assert checkpoint_steps(workdir)
         small_disk.make_room()
         results = job.results()
         assert [result.code for result in results] == [0, 0], results
@@ -413,8 +439,8 @@ def test_a_disk_that_stays_full_ends_several_processes_with_an_error(
         results = job.results()
     assert [result.code for result in results] == [1, 1], results
     for result in results:  # gRPC may have a line after the last one: the other process is gone
-        last = [line for line in result.stderr.splitlines() if line.startswith('OSError: ')][-1]
-        assert 'the checkpoint of step 600 could not be written: ' in last, results
+        told = 'the checkpoint of step 600 could not be written: '
+        last = [line for line in result.stderr.splitlines() if told in line][-1]
         assert 'has no room left' in last or 'No space left on device' in last, results
         assert '; the same command goes on from that of step ' in last, results
     rows, want = without_timing(read_rows(workdir)), without_timing(read_rows(slow_tree))
