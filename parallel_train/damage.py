@@ -7,11 +7,9 @@ say, in a line?
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,10 +81,7 @@ def full_disk(failure: BaseException, folder: Path) -> str:
     for error in _led_to(failure):
         no_space = isinstance(error, OSError) and error.errno == errno.ENOSPC
         if no_space or os.strerror(errno.ENOSPC) in str(error):
-            free = ''
-            with contextlib.suppress(OSError):  # the folder may be gone by now
-                free = f' ({shutil.disk_usage(folder).free / 1e6:,.1f} MB free)'
-            return f'the disk of {folder} has no room left{free}'
+            return f'the disk of {folder} has no room left'
     return ''
 
 

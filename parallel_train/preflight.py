@@ -75,9 +75,14 @@ def facts(job: Job) -> dict[str, Any]:
         'devices': job.devices,
         **{f'config.{name}': value for name, value in job.config.to_dict().items()},
         **own_code(job.config),
-        f'train split of {job.config.dataset!r} (shape, digests)': _digest(job.train_split),
-        f'eval split of {job.config.dataset!r} (shape, digests)': _digest(job.eval_split),
+        **{f'{name} of {job.config.dataset!r} (shape, digests)': text for name, text in digests(job).items()},
     }
+
+
+def digests(job: Job) -> dict[str, str]:
+    """Returns what tells the job's splits from others, by which split it is: WHICH_DATA."""
+    splits = (job.train_split, job.eval_split)
+    return dict(zip(workdir_lib.WHICH_DATA, map(_digest, splits), strict=True))
 
 
 @functools.cache

@@ -125,7 +125,7 @@ class StreamedSplit:
     def digest(self) -> str:
         """Tells splits apart without reading all of them: their size, the set's metadata, some records."""
         some = np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).astype(int)
-        crc = zlib.crc32(b''.join(self._records(some)))
+        crc = zlib.crc32(b''.join(map(_canonical, self._records(some))))
         return f'{len(self)}, {self._prepared.fingerprint}, {crc:08x}'
 
     def name_of(self, example: int) -> str:
@@ -229,3 +229,14 @@ class StreamedSplit:
                 f'{self._prepared.name}: {self.name_of(int(examples[bad[0]]))} has label {labels[bad[0]]}, '
                 f'outside 0..{self.num_classes - 1}: this split has no labels, or config.num_classes is wrong'
             )
+
+
+def _canonical(record: bytes) -> bytes:
+    """A record with its features in order, which is any when a set is prepared; as it is if damaged."""
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2  # TensorFlow's own, without TensorFlow
+
+    try:
+        return bytes(tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True))
+    except DecodeError:
+        return record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -30,6 +31,7 @@ CONFIG, PLAN, METRICS, CHECKPOINTS = 'config.json', 'plan.json', 'metrics.jsonl'
 REPORT = 'report.html'
 DAMAGED = 'damaged'  # checkpoints that were set aside
 ENVIRONMENT = 'environment.json'  # of the last start
+WHICH_DATA = ('train split', 'eval split')  # in it
 LOCK, LEASES = '.lock', '.leases'
 _NETWORK_FILES_SHOW = 15.0  # seconds until a new file shows on other hosts; NFS keeps what it knew as long
 
@@ -148,6 +150,12 @@ def changes(workdir: Path, config: Any, plan: Plan, environment: dict[str, str])
     if config.reduction == 'tree' and other:
         named = ', '.join(f'{name} was {old[name]}, is {environment[name]}' for name in other)
         told.append(f'warning: the last bits may not be those of a run that went on as it began: {named}')
+    for name in WHICH_DATA:
+        if name in old and old[name] != environment[name]:
+            told.append(
+                f'warning: the {name} is not the one that this job last started with: (shape, digests) '
+                f'was {old[name]}, is {environment[name]}; what is saved and logged so far is of that one'
+            )
     return told
 
 
@@ -176,9 +184,22 @@ def claim(workdir: Path, config: Any, plan: Plan, environment: dict[str, str]) -
     """Creates the workdir and writes config, plan and environment into it; an earlier end's report goes."""
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / REPORT).unlink(missing_ok=True)  # else a run that goes on, and is killed, would look complete
-    write_atomically(workdir / CONFIG, config_lib.to_json(config))
-    write_atomically(workdir / PLAN, plan.to_json())
-    write_atomically(workdir / ENVIRONMENT, json.dumps(environment, indent=2) + '\n')
+    with _explained_if_full(workdir):
+        write_atomically(workdir / CONFIG, config_lib.to_json(config))
+        write_atomically(workdir / PLAN, plan.to_json())
+        write_atomically(workdir / ENVIRONMENT, json.dumps(environment, indent=2) + '\n')
+
+
+@contextlib.contextmanager
+def _explained_if_full(workdir: Path) -> Iterator[None]:
+    """Says which disk has no room, which an error of writing does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        message = f'workdir={str(workdir)!r}: its disk has no room left; make some, or name another workdir'
+        raise OSError(message) from None
 
 
 @contextlib.contextmanager
@@ -214,9 +235,10 @@ def hold(workdir: Path, lost: Callable[[str], None] | None = None) -> Iterator[N
             ) from error
         if not locked:
             print_flushed(f'warning: {workdir}: its file system has no locks, so no other job is kept out')
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
-        file.flush()
+        with _explained_if_full(workdir):
+            file.truncate(0)
+            # Past Python's buffer, which would be written again when the file is closed.
+            os.pwrite(file.fileno(), f'process {os.getpid()} on {socket.gethostname()}\n'.encode(), 0)
         try:
             yield
         except UserError:

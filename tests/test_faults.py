@@ -384,7 +384,7 @@ def test_a_disk_with_room_for_rows_alone_costs_checkpoints_alone(
         [result] = job.results()
         assert result.code == 0, result
     warnings = re.findall('warning: the checkpoint of step .* could not be written: .*', result.stdout)
-    assert warnings and len(warnings) == len(set(warnings)) and ' has no room left (0.' in warnings[0]
+    assert warnings and len(warnings) == len(set(warnings)) and warnings[0].endswith(' has no room left')
     assert (workdir / 'metrics.jsonl').read_text().startswith(rows)
     assert not list(workdir.glob('checkpoints/*tmp*'))
     assert_same_end(workdir, slow_undisturbed)
@@ -409,6 +409,23 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error(
     [result] = again.results()
     assert result.code == 0 and 'resuming from step' in result.stdout, result
     assert_same_end(workdir, slow_undisturbed)
+
+
+def test_a_disk_that_is_full_from_the_start_is_named(
+    tiny_job: Job, undisturbed: Path, small_disk: SmallDisk, tmp_path: Path
+) -> None:
+    small_disk.fill(0)
+    command = small_disk.inside(cli(*tiny_job.train(small_disk.inner / 'run')))
+    [result] = Processes(tmp_path / 'full', [command], tiny_job.env).results()
+    assert result.code == 1, result
+    message = (
+        f"workdir='{small_disk.inner}/run': its disk has no room left; make some, or name another workdir"
+    )
+    assert result.stderr.splitlines()[-1] == f'OSError: {message}', result
+    small_disk.make_room()
+    [result] = Processes(tmp_path / 'again', [command], tiny_job.env).results()
+    assert result.code == 0, result
+    assert_same_end(small_disk.path / 'run', undisturbed)
 
 
 @pytest.mark.slow

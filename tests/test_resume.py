@@ -277,16 +277,19 @@ def test_other_shards_are_said_where_the_config_fixes_none(tiny_job: Job, tmp_pa
 
 
 @pytest.mark.slow
-def test_what_last_bits_depend_on_is_said_where_it_changes(tiny_job: Job, tmp_path: Path) -> None:
+def test_what_numbers_depend_on_is_said_where_it_changes(tiny_job: Job, tmp_path: Path) -> None:
     workdir, name = tmp_path / 'run', 'threads of XLA (CPU)'
     arguments = run_half(tiny_job, workdir, '--config.reduction=tree')
     was = json.loads((workdir / 'environment.json').read_text())
     assert warnings_of(workdir, 4, {**was, 'processes': '2'}) == []  # these change no bit
-    (workdir / 'environment.json').write_text(json.dumps({**was, name: '999'}))
+    other = '(150, 28, 28, 1), 01234567, 89abcdef'
+    (workdir / 'environment.json').write_text(json.dumps({**was, name: '999', 'eval split': other}))
     result = run_ok(*arguments, env=tiny_job.env)
     assert (
         'warning: the last bits may not be those of a run that went on as it began: '
         f'{name} was 999, is {was[name]}\n'
+        'warning: the eval split is not the one that this job last started with: (shape, digests) '
+        f'was {other}, is {was["eval split"]}; what is saved and logged so far is of that one\n'
     ) in result.stdout
     assert json.loads((workdir / 'environment.json').read_text()) == was  # of the last start
 

@@ -25,6 +25,7 @@ from parallel_train.order import epoch_batches, eval_batches
 from parallel_train.pixels import Corrupt, _sides_of_jpeg, sides_of
 from parallel_train.plan import make_plan
 from parallel_train.sizes import find_sizes
+from parallel_train.stream import _canonical
 from tests.conftest import (
     ROOT,
     ImageJob,
@@ -513,3 +514,17 @@ def test_without_images_of_several_sizes_tensorflow_is_not_imported(image_job: I
     )
     command = [sys.executable, '-c', code]
     assert subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode == 0
+
+
+def test_a_set_that_is_prepared_twice_is_the_same() -> None:
+    """Protocol buffers write a map in any order, on another host in another: the features of a record."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    image, label, other = (tf_example_pb2.Example() for _ in range(3))
+    image.features.feature['image'].bytes_list.value.append(b'pixels')
+    label.features.feature['label'].int64_list.value.append(1)
+    other.features.feature['label'].int64_list.value.append(2)
+    first, second, third = (part.SerializeToString() for part in (image, label, other))  # joined, they merge
+    assert first + second != second + first
+    assert _canonical(first + second) == _canonical(second + first) != _canonical(first + third)
+    assert _canonical(b'no record') == b'no record'
