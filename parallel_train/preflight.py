@@ -36,6 +36,12 @@ class Job:
     eval_split: dataset.AnySplit
     devices: int | None
 
+    @functools.cached_property  # of a streamed split it reads records
+    def digests(self) -> dict[str, str]:
+        """What tells the splits from others, by which split it is: `workdir.WHICH_DATA`."""
+        splits = (self.train_split, self.eval_split)
+        return dict(zip(workdir_lib.WHICH_DATA, map(_digest, splits), strict=True))
+
 
 def check_job(
     config: Any, workdir: Path, data_dir: Path, devices: int | None, allow_plan_change: bool
@@ -75,14 +81,8 @@ def facts(job: Job) -> dict[str, Any]:
         'devices': job.devices,
         **{f'config.{name}': value for name, value in job.config.to_dict().items()},
         **own_code(job.config),
-        **{f'{name} of {job.config.dataset!r} (shape, digests)': text for name, text in digests(job).items()},
+        **{f'{name} of {job.config.dataset!r} (shape, digests)': text for name, text in job.digests.items()},
     }
-
-
-def digests(job: Job) -> dict[str, str]:
-    """Returns what tells the job's splits from others, by which split it is: WHICH_DATA."""
-    splits = (job.train_split, job.eval_split)
-    return dict(zip(workdir_lib.WHICH_DATA, map(_digest, splits), strict=True))
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from parallel_train.finish import finish, say_complete
 from parallel_train.lifeline import Lifeline, Limits
 from parallel_train.paths import opened
 from parallel_train.plan import Plan, make_plan
-from parallel_train.preflight import check_job, digests, facts
+from parallel_train.preflight import check_job, facts
 from parallel_train.run import Run, open_run
 from parallel_train.say import print_flushed
 from parallel_train.schedule import create_learning_rate_fn
@@ -105,7 +105,7 @@ def train_and_evaluate(
         if start:
             say(f'resuming from step {start:,} of {plan.num_steps:,}')
         if processes.is_first():
-            environment = {**machine.environment(), **digests(job)}
+            environment = {**machine.environment(), **job.digests}
             for warning in workdir_lib.changes(workdir, job.config, plan, environment):
                 say(warning)
             workdir_lib.claim(workdir, job.config, plan, environment)

@@ -365,6 +365,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
         small_disk.make_room()
         [result] = job.results()
         assert result.code == 0, result
+    assert 'warning: the checkpoint of step ' in result.stdout
     assert 'No space left on device; kept in memory, tried again later' in result.stderr
     assert (workdir / 'metrics.jsonl').read_text().startswith(rows)
     assert_same_end(workdir, slow_undisturbed)
@@ -440,6 +441,7 @@ def test_a_disk_that_is_full_for_a_while_costs_several_processes_nothing(
         small_disk.make_room()
         results = job.results()
         assert [result.code for result in results] == [0, 0], results
+    assert 'warning: the checkpoint of step ' in results[0].stdout
     assert 'No space left on device; kept in memory, tried again later' in results[0].stderr
     assert 'could not be written' not in results[1].stdout + results[1].stderr  # process 0 says it for all
     assert (workdir / 'metrics.jsonl').read_text().startswith(rows)
